@@ -16,8 +16,8 @@ from jaxtyping import TypeCheckError
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import ActivationBatch
 from difflex.store import RecordingConfig, Store, manifest, record, require_split
-from difflex.store.reading import BufferPool, SplitBatches
-from difflex.store.shard import block_sums
+from difflex.store.reading import BufferPool, HostRows, SplitBatches, one_ahead
+from difflex.store.shard import PackedRows, block_sums
 
 SPARSE = Path(__file__).parent / "sparse_store.py"
 SITE = SITES[0]
@@ -303,3 +303,28 @@ def test_memory_does_not_grow_with_a_store_of_100_gb(tmp_path: Path):
     assert sizes["stored"] > 100e9
     assert sizes["read"] > 4 * sizes["allowed"]
     assert sizes["growth"] < sizes["allowed"]
+
+
+def test_values_are_on_the_requested_device(tmp_path: Path):
+    for dtype in ("bf16", "int8"):
+        [store] = record(tmp_path / dtype, fake_shots(40), [SITE], FakeHarvest(), replace(QUICK, dtype=dtype))
+        there, here = next(store.batches(64, device=torch.device("meta"))), next(store.batches(64))
+        assert (there.values.device.type, there.values.dtype, there.values.shape) == (
+            "meta",
+            here.values.dtype,
+            here.values.shape,
+        )
+        assert places(there) == places(here)
+
+
+def test_the_next_rows_are_read_while_some_are_in_use():
+    read: list[int] = []
+
+    def rows(share: range) -> HostRows:
+        read.append(share.start)
+        return HostRows(PackedRows(torch.zeros(1, 1), None), torch.zeros(1), torch.zeros(1))
+
+    stream = one_ahead(rows, iter([range(4), range(4, 8), range(8, 12)]))
+    next(stream)
+    stream.close()  # waits for the thread
+    assert read == [0, 4]

@@ -2,9 +2,11 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple, final
 
 import torch
@@ -21,7 +23,8 @@ OPEN_SHARDS = 16
 """Shards that are read at the same time: 700,000 rows of width 3072."""
 BLOCK_BYTES = 2**18
 """Of rows that are read together: a disk is slow at single rows."""
-BUFFERS = 2
+BUFFERS = 3
+"""Batches in memory: one in use, one that waits, one that is read."""
 EMPTY = torch.empty(0, dtype=torch.int64)
 
 
@@ -197,6 +200,33 @@ class BufferPool:
         return self._buffers[-1]
 
 
+class HostRows(NamedTuple):
+    """Rows as they are stored, in the memory of the CPU."""
+
+    packed: PackedRows
+    shots: Int[Tensor, " row"]
+    tokens: Int[Tensor, " row"]
+
+    def to(self, device: torch.device | None, basis: QuantisationBasis | None) -> ActivationBatch:
+        """Copy the rows to `device` in the form of the disk and unpack them there."""
+        values, scales = (
+            x if x is None or device is None else x.to(device, non_blocking=x.is_pinned() if device.type == "cuda" else False)
+            for x in self.packed
+        )
+        assert values is not None
+        return ActivationBatch(unpack(PackedRows(values, scales), basis), self.shots, self.tokens)
+
+
+def one_ahead(read: Callable[[range], HostRows], shares: Iterator[range]) -> Generator[HostRows, None, None]:
+    """Yield what `read` returns for each of `shares`; a thread reads the next ones while one is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
+        pending = deque(pool.submit(read, share) for share in islice(shares, 1))
+        while pending:
+            rows = pending.popleft().result()
+            pending.extend(pool.submit(read, share) for share in islice(shares, 1))
+            yield rows
+
+
 @final
 class ShardReader:
     """Reads rows at ascending places of an order; only the shards in use are open."""
@@ -207,9 +237,11 @@ class ShardReader:
         order: ReadOrder,
         open_shard: Callable[[int], MappedShard],
         checks: ShardChecks,
-        basis: QuantisationBasis | None,
+        *,
+        pinned: bool = False,
     ) -> None:
-        self._head, self._order, self._open_shard, self._checks, self._basis = head, order, open_shard, checks, basis
+        """`pinned`: read into memory from which a GPU copies without waiting."""
+        self._head, self._order, self._open_shard, self._checks, self._pinned = head, order, open_shard, checks, pinned
         self._buffers = BufferPool()
         self._open: dict[int, MappedShard] = {}
         self._windows: Iterator[ReadWindow] | None = None
@@ -217,10 +249,12 @@ class ShardReader:
         self._start = 0
         """The place of the current window in the order."""
 
-    def rows(self, share: range) -> ActivationBatch:
+    def rows(self, share: range) -> HostRows:
         """Return the rows at the places `share`, grouped by shard."""
-        values = self._buffers.empty(len(share), self._head.width, DTYPES[self._head.dtype])
-        scales = torch.empty(len(share), self._head.form.scales) if self._head.dtype == "int8" else None
+        shape, dtype = (len(share), self._head.width), DTYPES[self._head.dtype]
+        values = torch.empty(shape, dtype=dtype, pin_memory=True) if self._pinned else self._buffers.empty(*shape, dtype)
+        shape = (len(share), self._head.form.scales)
+        scales = torch.empty(shape, pin_memory=self._pinned) if self._head.dtype == "int8" else None
         filled, shots, tokens = 0, [EMPTY], [EMPTY]
         while filled < len(share):
             part = self._part(share.start + filled, len(share) - filled)
@@ -229,7 +263,7 @@ class ShardReader:
             shots.append(torch.tensor(list(self._open))[part.shard.long()] * self._head.shots_per_shard + part.shots)
             tokens.append(part.tokens)
             filled = end
-        return ActivationBatch(unpack(PackedRows(values, scales), self._basis), torch.cat(shots), torch.cat(tokens))
+        return HostRows(PackedRows(values, scales), torch.cat(shots), torch.cat(tokens))
 
     def _part(self, start: int, count: int) -> RowPlaces:
         """Return at most `count` rows from place `start` on that are in one window, grouped by shard."""

@@ -8,6 +8,7 @@ from itertools import count as counting
 from pathlib import Path
 from typing import final
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from difflex.store.manifest import (
     shard_paths,
     summarise,
 )
-from difflex.store.reading import BatchShares, ReadOrder, ShardReader, SplitBatches
+from difflex.store.reading import BatchShares, ReadOrder, ShardReader, SplitBatches, one_ahead
 from difflex.store.shard import REMEDY, check_size, shard_size
 
 WINDOW = 2**15
@@ -95,11 +96,13 @@ class Store:
         start: int = 0,
         epochs: int | None = 1,
         window: int = WINDOW,
+        device: torch.device | None = None,
     ) -> SplitBatches:
         """Yield batches of `size` rows from batch `start` on: endless without `epochs`, in the order of writing without `seed`.
 
         Batch i of all ranks together is batch i of one process that asks for `world_size` times the size. The rows of a batch
-        are random, and within the batch they are grouped by shard. The last batch of an epoch is smaller.
+        are random, and within the batch they are grouped by shard. The last batch of an epoch is smaller. A thread reads the next
+        batch. With `device`, the values are there: they are copied in the form of the disk, int8 as one byte each.
         """
         shares, form = BatchShares.checked(size, rank, world_size, start, window), self._manifest.head.form
         shots = self._shots_by_shard(split)
@@ -111,18 +114,20 @@ class Store:
         first_epoch, first = divmod(start, shares.batches(order.rows))
         parts = (
             self._epoch(
-                replace(order, key=None if seed is None else f"{seed}/{epoch}"), shares, first if epoch == first_epoch else 0
+                replace(order, key=None if seed is None else f"{seed}/{epoch}"),
+                shares.shares(order.rows, first if epoch == first_epoch else 0),
+                device,
             )
             for epoch in (counting(first_epoch) if epochs is None else range(first_epoch, epochs))
         )
         return SplitBatches(chain.from_iterable(parts), split)
 
-    def _epoch(self, order: ReadOrder, shares: BatchShares, first: int) -> Iterator[ActivationBatch]:
+    def _epoch(self, order: ReadOrder, shares: Iterator[range], device: torch.device | None) -> Iterator[ActivationBatch]:
         checks = ShardChecks(self.folder, self._manifest)
-        open_shard = partial(map_shard, self.folder, self._manifest)
-        reader = ShardReader(self._manifest.head, order, open_shard, checks, self._basis)
+        open_shard, pinned = partial(map_shard, self.folder, self._manifest), device is not None and device.type == "cuda"
+        reader = ShardReader(self._manifest.head, order, open_shard, checks, pinned=pinned)
         try:
-            yield from map(reader.rows, shares.shares(order.rows, first))
+            yield from (rows.to(device, self._basis) for rows in one_ahead(reader.rows, shares))
         finally:
             checks.end()
 

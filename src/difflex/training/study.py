@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from difflex.choices import NormalisationMethod, PursuitName
-from difflex.devices import use_gpu_of_rank
+from difflex.devices import find_device, use_gpu_of_rank
 from difflex.dictionaries import ITDA, Dictionary, Neurons
 from difflex.dictionaries.itda import GrowthConfig, label_suffix, paper_config
 from difflex.dictionary_config import read_config
@@ -44,10 +44,10 @@ __all__ = [
 ]
 
 ITDA_SIZE = 16_384
-ITDA_BATCH = 2048
+ITDA_BATCH = {"cpu": 2048, "cuda": 8192}
 """Tokens that are read at a time, by all processes together."""
-ITDA_PIECE = 256
-"""Tokens that are compared with a dictionary together, by all processes together."""
+ITDA_PIECE = {"cpu": 256, "cuda": 1024}
+"""Tokens that are compared with a dictionary together, by all processes together: fewer leave a GPU idle."""
 
 TAKEN = "Move the old one away, then give the same command again: nothing is grown twice."
 
@@ -78,12 +78,12 @@ class GrowthSweepConfig:
             if wrong := [count for count in counts if count < 1]:
                 raise BadInput(f"--{name} {wrong[0]} grows nothing: use 1 or more.")
 
-    def growths(self, world_size: int) -> list[GrowthConfig]:
+    def growths(self, world_size: int, device: str) -> list[GrowthConfig]:
         """Return the config of every dictionary that is grown, rather than cut from a larger one."""
         preset = paper_config() if self.paper else GrowthConfig(size=ITDA_SIZE)
         fields = {name: getattr(self, name) for name in ("k", "pursuit", "normalisation")}
         changes = {name: value for name, value in fields.items() if value is not None}
-        growth, sizes = replace(preset, batch=max(1, ITDA_PIECE // world_size), **changes), self.size or (preset.size,)
+        growth, sizes = replace(preset, batch=max(1, ITDA_PIECE[device] // world_size), **changes), self.size or (preset.size,)
         if preset.threshold is None and not self.thresholds:
             return [replace(growth, size=size) for size in dict.fromkeys(sizes)]
         thresholds = self.thresholds or (preset.threshold,)
@@ -111,7 +111,7 @@ def grow_sweep(
         training: dict[str, Json] = {"seed": config.seed, **({} if config.tokens is None else {"first": config.tokens})}
         folders: list[Path] = []
         growths: dict[Path, GrowthConfig] = {}
-        for growth in config.growths(ranks.world_size):
+        for growth in config.growths(ranks.world_size, find_device().type):
             suffix = label_suffix({**training, "config": growth.as_json()})
             name = f"itda-{growth.size}-k{growth.k}{suffix}"
             if (folder := _find_grown(study, store.site, growth, data)) is None:
@@ -149,9 +149,11 @@ def _finish(study: Study, folder: Path, itda: ITDA, sizes: Sequence[int], on_gro
 def _growth_data(store: Store, config: GrowthSweepConfig, ranks: Ranks) -> GrowthData:
     rows = store.count("train")
     tokens = rows if config.tokens is None else min(config.tokens, rows)
-    share, rank, world_size = max(1, ITDA_BATCH // ranks.world_size), ranks.rank, ranks.world_size
+    share, rank, world_size = max(1, ITDA_BATCH[find_device().type] // ranks.world_size), ranks.rank, ranks.world_size
     return GrowthData(
-        batches=lambda start: store.batches(share, seed=config.seed, rank=rank, world_size=world_size, start=start),
+        batches=lambda start: store.batches(
+            share, seed=config.seed, rank=rank, world_size=world_size, start=start, device=find_device()
+        ),
         tokens=tokens,
         data=f"{store.site} of {store.model}, {tokens} of {rows} tokens, seed {config.seed}, {store.fingerprint}",
         shot=store.shot,
