@@ -1,9 +1,10 @@
 """The operations of an update in Triton kernels.
 
 Search: one product with the copy of the encoder per chunk of tokens; from the largest score of each block of features, a
-bisection finds a score that k features reach. All features that may be among the k largest in spite of rounding, and no others, are scored
-again in float32. Rounding errors of the inputs are taken for noise: their variance is at most `|z|_4^2 |w|_4^2` times that of one
-rounding, and six standard deviations bound them in practice. If more than ROOM features are within them, the largest are scored.
+bisection finds a score that k features reach. Features that may or may not be among the k largest, because of rounding, are
+scored again in float32, so that the selection is exact; those that are in any case keep the score of the product. Rounding errors
+of the inputs are taken for noise: their variance is at most `|z|_4^2 |w|_4^2` times that of one rounding, and six standard
+deviations bound them in practice. If more than ROOM features are within them, the largest are kept.
 
 Update: one program per row sums the gradient of its pairs on the chip, then updates the row. Pairs of popular features are
 summed in segments first, so that no program has more than a segment to itself. Features that do not fire cost two numbers read.
@@ -47,6 +48,16 @@ def _power(count: int, most: int = 1 << 30) -> int:
     return min(triton.next_power_of_2(count), most)
 
 
+class CandidateScores(NamedTuple):
+    """The features that may be among the k largest of each token."""
+
+    features: Int[Tensor, "token slot"]
+    values: Float[Tensor, "token slot"]
+    """Scores of the product, minus infinity in empty slots."""
+    numbers: Int[Tensor, " token"]
+    """How many, the first of them, must be scored again."""
+
+
 class RowSource(NamedTuple):
     """What the kernels sum the gradient of one matrix from, in the order of their arguments."""
 
@@ -74,6 +85,7 @@ class FusedOperations(UpdateOperations[dict[str, RowSource]]):
             return TokenPairs(torch.cat([top.indices for top in tops]).int(), torch.cat([top.values for top in tops]))
         room = _power(k + max(SPARE, k // 2))
         candidates = torch.empty(len(z), room, dtype=torch.int32, device=z.device)
+        values = torch.empty(len(z), room, device=z.device)
         numbers = torch.empty(len(z), dtype=torch.int32, device=z.device)
         bias, largest = None, torch.zeros_like(state.controls[0])
         if weights.encoder_bias is not None:
@@ -83,18 +95,19 @@ class FusedOperations(UpdateOperations[dict[str, RowSource]]):
         limits = torch.stack([state.fourths.amax().pow(0.25), largest])
         for chunk in state.chunks(len(z), state.size):
             scores = _scores(copy[chunk], state.encoder, bias)
-            self._choose(scores, slack[chunk], limits, candidates[chunk], numbers[chunk], k, rounding)
-        values = self._dots(weights.encoder, candidates, z, weights.encoder_bias, -torch.inf, numbers)
+            chosen = CandidateScores(candidates[chunk], values[chunk], numbers[chunk])
+            self._choose(scores, slack[chunk], limits, chosen, k, rounding)
+        self._dots(weights.encoder, candidates, z, weights.encoder_bias, -torch.inf, numbers, values)
         top = values.topk(k, sorted=False)
         return TokenPairs(candidates.gather(1, top.indices), top.values)
 
     def _choose(
-        self, scores: Tensor, slack: Tensor, limits: Tensor, candidates: Tensor, numbers: Tensor, k: int, rounding: float
+        self, scores: Tensor, slack: Tensor, limits: Tensor, candidates: CandidateScores, k: int, rounding: float
     ) -> None:
-        """Write the candidates of a chunk of tokens and their numbers."""
-        (count, size), room, device = scores.shape, candidates.shape[1], scores.device
+        """Write the candidates of a chunk of tokens."""
+        (count, size), room, device = scores.shape, candidates.features.shape[1], scores.device
         blocks = -(-size // BLOCK)
-        maxima, thresholds = torch.empty(count, blocks, device=device), torch.empty(count, device=device)
+        maxima, reached = torch.empty(count, blocks, device=device), torch.empty(count, 2, device=device)
         chosen = torch.empty(count, room, dtype=torch.int32, device=device)
         counts = torch.empty(count, dtype=torch.int32, device=device)
         tile = _power(blocks, 128)
@@ -102,25 +115,32 @@ class FusedOperations(UpdateOperations[dict[str, RowSource]]):
         launch(
             kernels.choose_blocks,
             (count,),
-            *(maxima, slack, limits, thresholds, chosen, counts, blocks, k, rounding),
+            *(maxima, slack, limits, reached, chosen, counts, blocks, k, rounding),
             BLOCKS=_power(blocks),
             ROOM=room,
         )
         launch(
             kernels.choose_candidates,
             (count,),
-            *(scores, thresholds, chosen, counts, candidates, numbers, size),
+            *(scores, reached, chosen, counts, *candidates, size, k),
             warps=8,
             BLOCK=BLOCK,
             ROOM=room,
         )
 
     def _dots(
-        self, matrix: Tensor, features: Tensor, vectors: Tensor, bias: Tensor | None, fill: float, numbers: Tensor | None = None
+        self,
+        matrix: Tensor,
+        features: Tensor,
+        vectors: Tensor,
+        bias: Tensor | None,
+        fill: float,
+        numbers: Tensor | None = None,
+        products: Tensor | None = None,
     ) -> Float[Tensor, "token slot"]:
-        """Return the product of every token's vector with some rows of a matrix."""
+        """Return the product of every token's vector with some rows of a matrix; with `numbers`, write the first so many."""
         (count, slots), (size, width) = features.shape, matrix.shape
-        products = torch.empty(count, slots, device=matrix.device)
+        products = torch.empty(count, slots, device=matrix.device) if products is None else products
         tile = _power(slots, 16)
         launch(
             kernels.pair_dots,

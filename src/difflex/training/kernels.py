@@ -37,32 +37,47 @@ def block_maxima(scores, maxima, size, blocks, BLOCK: tl.constexpr, TILE: tl.con
 
 
 @triton.jit
+def _reached(values, low, high, k):
+    """Return two numbers close to the k-th largest value, of which k values reach the first and fewer the second."""
+    for _ in range(ROUNDS):
+        middle = (low + high) / 2
+        enough = tl.sum((values >= middle).to(tl.int32)) >= k
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    return low, high
+
+
+@triton.jit
 def choose_blocks(
-    maxima, slack, limits, thresholds, chosen, counts, blocks, k, rounding, BLOCKS: tl.constexpr, ROOM: tl.constexpr
-):
-    """Store the blocks that may hold one of a token's k largest scores, and the score that they must reach. Grid: tokens."""
+    maxima, slack, limits, reached, chosen, counts, blocks, k, rounding, BLOCKS: tl.constexpr, ROOM: tl.constexpr
+):  # fmt: skip
+    """Store the blocks that may hold one of a token's k largest scores.
+
+    Grid: tokens. Stored besides: a score that k blocks reach, and the largest error of a difference of two scores.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCKS)
     valid = columns < blocks
     peaks = tl.load(maxima + token * blocks + columns, mask=valid, other=-float("inf"))
-    high = tl.max(peaks)
-    low = tl.min(tl.where(valid, peaks, high))
-    for _ in range(ROUNDS):
-        middle = (low + high) / 2
-        enough = tl.sum((peaks >= middle).to(tl.int32)) >= k
-        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
-    threshold = low - rounding * (tl.abs(low) + tl.load(limits + 1)) - tl.load(slack + token) * tl.load(limits)
-    threshold = _at_most(peaks, threshold, ROOM)
-    keep = (peaks >= threshold) & valid
+    highest = tl.max(peaks)
+    low, _ = _reached(peaks, tl.min(tl.where(valid, peaks, highest)), highest, k)
+    error = rounding * (tl.abs(low) + tl.load(limits + 1)) + tl.load(slack + token) * tl.load(limits)
+    keep = (peaks >= _at_most(peaks, low - error, ROOM)) & valid
     place = tl.cumsum(keep.to(tl.int32), 0) - 1
     tl.store(chosen + token * ROOM + place, columns, mask=keep & (place < ROOM))
     tl.store(counts + token, tl.minimum(tl.sum(keep.to(tl.int32)), ROOM))
-    tl.store(thresholds + token, threshold)
+    tl.store(reached + 2 * token, low)
+    tl.store(reached + 2 * token + 1, error)
 
 
 @triton.jit
-def choose_candidates(scores, thresholds, chosen, counts, candidates, numbers, size, BLOCK: tl.constexpr, ROOM: tl.constexpr):
-    """Store the features of the chosen blocks whose scores reach the threshold of their token. Grid: tokens."""
+def choose_candidates(
+    scores, reached, chosen, counts, candidates, values, numbers, size, k, BLOCK: tl.constexpr, ROOM: tl.constexpr
+):
+    """Store the features that may be among a token's k largest, with their scores: first those that must be scored again.
+
+    Grid: tokens. The number of the first is stored; the others are among the k largest in spite of their error. Slots that stay
+    empty get minus infinity.
+    """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, ROOM)
     used = slot < tl.load(counts + token)
@@ -70,11 +85,19 @@ def choose_candidates(scores, thresholds, chosen, counts, candidates, numbers, s
     columns = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = used[:, None] & (columns < size)
     tile = tl.load(scores + token * size + columns, mask=inside, other=-float("inf")).to(tl.float32)
-    values, features = tl.reshape(tile, (ROOM * BLOCK,)), tl.reshape(columns, (ROOM * BLOCK,))
-    keep = values >= _at_most(values, tl.load(thresholds + token), ROOM)
-    place = tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(candidates + token * ROOM + place, features, mask=keep & (place < ROOM))
-    tl.store(numbers + token, tl.minimum(tl.sum(keep.to(tl.int32)), ROOM))
+    scored, features = tl.reshape(tile, (ROOM * BLOCK,)), tl.reshape(columns, (ROOM * BLOCK,))
+    low, error = tl.load(reached + 2 * token), tl.load(reached + 2 * token + 1)
+    keep = scored >= _at_most(scored, low - error, ROOM)
+    _, high = _reached(scored, low, tl.max(scored), k)
+    sure = keep & (scored > high + error)
+    unsure = keep & (scored <= high + error)
+    first = tl.sum(unsure.to(tl.int32))
+    place = tl.where(sure, first + tl.cumsum(sure.to(tl.int32), 0), tl.cumsum(unsure.to(tl.int32), 0)) - 1
+    keep = keep & (place < ROOM)
+    tl.store(candidates + token * ROOM + place, features, mask=keep)
+    tl.store(values + token * ROOM + place, scored, mask=keep)
+    tl.store(values + token * ROOM + slot, -float("inf"), mask=slot >= first + tl.sum(sure.to(tl.int32)))
+    tl.store(numbers + token, tl.minimum(first, ROOM))
 
 
 @triton.jit
@@ -82,15 +105,19 @@ def pair_dots(
     matrix, features, numbers, vectors, bias, products, size, width, slots, fill,
     NUMBERED: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Store `matrix[feature] . vector + bias[feature]` for the features of a token, `fill` in empty slots.
+    """Store `matrix[feature] . vector + bias[feature]` for the features of a token, `fill` in slots whose feature is `size`.
 
-    Grid: tokens, tiles of slots. A slot is empty from `numbers[token]` on, or if its feature is `size`.
+    Grid: tokens, tiles of slots. With NUMBERED, slots from `numbers[token]` on are left alone.
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    used = slot < slots
+    written = slot < slots
     if NUMBERED:
-        used = used & (slot < tl.load(numbers + token))
+        count = tl.load(numbers + token)
+        if tl.program_id(1) * TILE >= count:
+            return
+        written = written & (slot < count)
+    used = written
     feature = tl.load(features + token * slots + slot, mask=used, other=size)
     used = used & (feature < size)
     total = tl.zeros((TILE, COLUMNS), tl.float32)
@@ -102,7 +129,7 @@ def pair_dots(
     product = tl.sum(total, 1)
     if BIAS:
         product += tl.load(bias + feature, mask=used, other=0.0)
-    tl.store(products + token * slots + slot, tl.where(used, product, fill), mask=slot < slots)
+    tl.store(products + token * slots + slot, tl.where(used, product, fill), mask=written)
 
 
 @triton.jit
