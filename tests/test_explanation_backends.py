@@ -276,6 +276,9 @@ def test_only_methods_of_the_same_backend_and_protocol_are_compared_and_falls_us
     comparison = compare_methods([paper, heldout, other, foreign])
     assert [(pair.first, pair.second) for pair in comparison.differences] == [(heldout, other)]
     assert [gap.fall.value for gap in comparison.falls] == [pytest.approx(0.35)] and comparison.falls[0].fall.size == 2
+    weighted = [method("one", f"{name} negatives frequency", (score, 0.8)) for name, score in (("paper", 0.9), ("heldout", 0.5))]
+    falls = compare_methods([paper, heldout, *weighted]).falls
+    assert [gap.fall.value for gap in falls] == [pytest.approx(0.35), pytest.approx(0.2)], "of the same settings"
     assert re.search(r"s/one +b +paper +3 +0 +0\.900", comparison.table)
     comparison.save(tmp_path / "scores.json")
     assert '"histogram"' in (tmp_path / "scores.json").read_text()

@@ -302,11 +302,12 @@ def _holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _falls(methods: Sequence[ExplainedMethod]) -> list[ProtocolGap]:
-    """Return the gap between protocols for each dictionary that both judged, over the features they share."""
+    """Return the gap between protocols of the same settings for each dictionary that both judged, over shared features."""
     gaps = []
     for paper, heldout in product(methods, methods):
         same = (paper.study, paper.dictionary, paper.backend) == (heldout.study, heldout.dictionary, heldout.backend)
-        if same and paper.protocol.startswith("paper") and heldout.protocol.startswith("heldout"):
+        names = [method.protocol.partition(" ") for method in (paper, heldout)]
+        if same and [name for name, *_ in names] == ["paper", "heldout"] and names[0][2] == names[1][2]:
             before = dict(zip(paper.features, paper.accuracies, strict=True))
             after = dict(zip(heldout.features, heldout.accuracies, strict=True))
             falls = [before[feature] - after[feature] for feature in before if feature in after]
