@@ -82,6 +82,8 @@ class SteerCommand(StudyImagesCommand):
         if replay is not None:
             replay.check(editor)
         pipe = load_study_model(editor.study.run_in(replay.shot.precision if replay and not self.precision else None), self)
+        if replay is not None:
+            pipe.engine.set_text_length(replay.shot.text_length)
         columns = [replay.edits] if replay else [(edit,) for edit in self._edits(editor, pipe)]
         rows = 1 if replay else len(self.prompt) * len(self.seeds) * (1 + self.differences)
         check_sheet(self.out, rows, 1 + len(columns), next(iter(pipe.shots(""))).pixels)
