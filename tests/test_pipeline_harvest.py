@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import difflex
 from difflex.errors import BadInput, NonFinite, OutOfMemory
 from difflex.pipeline import Pipeline, loading
 from difflex.pipeline.families import Family
+from difflex.pipeline.harvesting import FiniteCheck, one_behind
 from difflex.records import Activations, HookContext, Site
 from difflex.testing import TINY, tiny_folder
 
@@ -287,3 +289,23 @@ def test_a_harvest_with_images_yields_the_same_activations_and_the_image_of_each
     assert [len(batch.images) for batch in batches] == [2, 1]
     [alone] = pipe.generate(PROMPTS[2], steps=2, guidance=guidance)
     assert batches[1].images[0].tobytes() == alone.image.tobytes()
+
+
+@pytest.mark.parametrize("may_wait", [True, False])
+def test_the_next_batch_is_computed_before_one_that_may_wait_is_used(may_wait: bool):
+    events: list[str] = []
+
+    def batches() -> Iterator[int]:
+        for number in range(3):
+            events.append(f"compute {number}")
+            yield number
+
+    for number in one_behind(batches(), lambda _: may_wait):
+        events.append(f"use {number}")
+    waiting = ["compute 0", "compute 1", "use 0", "compute 2", "use 1", "use 2"]
+    assert events == (waiting if may_wait else [f"{act} {number}" for number in range(3) for act in ("compute", "use")])
+
+
+@pytest.mark.parametrize(("value", "passed"), [(1.0, True), (float("nan"), False), (float("inf"), False)])
+def test_a_check_of_several_sites_finds_a_value_that_is_not_finite(value: float, passed: bool):
+    assert FiniteCheck([torch.ones(2, 3, 4), torch.full((2, 1, 4), value)]).passed() is passed

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,9 @@ Hooks = Mapping[str, Callable[[], AbstractContextManager[None]]]
 """For each edit, a context manager that makes it within its block."""
 
 
+WAITING_BYTES = 2**29
+"""Of the activations that wait on a GPU while it computes the next ones, at most."""
+Item = TypeVar("Item")
 Recorded = dict[tuple[float, Site], Activations]
 """Activations by timestep and site."""
 
@@ -35,14 +38,68 @@ class ImageBatch(NamedTuple):
     """Of all these images, at each kept step and site."""
 
 
+@final
+class FiniteCheck:
+    """A check of values that does not wait for the GPU to compute them, nor later for what it computes next."""
+
+    def __init__(self, values: Sequence[Tensor]) -> None:
+        """Begin to sum `values`."""
+        finite = torch.stack([torch.isfinite(x.sum(dtype=torch.float32)).to(values[0].device) for x in values])
+        self._summed: torch.cuda.Event | None = None
+        if finite.is_cuda:
+            finite = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True).copy_(finite, non_blocking=True)
+            self._summed = torch.cuda.Event()
+            self._summed.record()
+        self._finite = finite
+
+    def passed(self) -> bool:
+        """Whether no sum is NaN or infinite. One may overflow where no value does."""
+        if self._summed is not None:
+            self._summed.synchronize()
+        return bool(self._finite.all())
+
+
+class RecordedBatch(NamedTuple):
+    """The activations of a batch of runs."""
+
+    recorded: Recorded
+    finite: FiniteCheck
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether the next batch may be computed before this one is used: on a GPU, where that takes little memory."""
+        values = [x.values for x in self.recorded.values()]
+        return all(x.is_cuda for x in values) and sum(x.nbytes for x in values) <= WAITING_BYTES
+
+
+def one_behind(items: Iterable[Item], may_wait: Callable[[Item], bool]) -> Iterator[Item]:
+    """Yield `items`, each that may wait after the next one was taken."""
+    waiting: list[Item] = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+        if not may_wait(item):
+            yield waiting.pop()
+    yield from waiting
+
+
 def harvest(
     engine: Engine, shots: Iterable[Shot], sites: Sequence[SiteModule], batch: int, progress: bool
 ) -> Iterator[Activations]:
-    """Yield the activations of `sites` at `shots`: for each batch of runs, each kept step, each site."""
+    """Yield the activations of `sites` at `shots`: for each batch of runs, each kept step, each site.
+
+    A GPU gets the next batch to compute before the last one is yielded, so that it does not wait for the host.
+    """
+
+    def recording(run: Run) -> RecordedBatch:
+        recorded = record(engine, run, sites)
+        return RecordedBatch(recorded, FiniteCheck([x.values for x in recorded.values()]))
+
     with progress_bar(progress) as bar:
-        for _, recorded in map_runs(engine, shots, batch, lambda run: record(engine, run, sites)):
+        batches = (recorded for _, recorded in map_runs(engine, shots, batch, recording))
+        for recorded, finite in one_behind(batches, lambda batch: batch.may_wait):
             bar.update(sum(x.values.shape[:2].numel() for (_, site), x in recorded.items() if site == sites[0].site))
-            yield from in_order(engine, recorded, sites)
+            yield from in_order(engine, recorded, sites, finite)
 
 
 def progress_bar(show: bool) -> "tqdm[NoReturn]":
@@ -59,7 +116,8 @@ def harvest_with_images(engine: Engine, shots: Iterable[Shot], sites: Sequence[S
         return recorded, images
 
     for _, (recorded, images) in map_runs(engine, shots, batch, generate):
-        yield ImageBatch(tuple(images), tuple(in_order(engine, recorded, sites)))
+        finite = FiniteCheck([x.values for x in recorded.values()])
+        yield ImageBatch(tuple(images), tuple(in_order(engine, recorded, sites, finite)))
 
 
 def record(engine: Engine, run: Run, sites: Sequence[SiteModule]) -> Recorded:
@@ -103,12 +161,15 @@ def _at(shots: Iterable[Shot], timestep: float) -> tuple[Shot, ...]:
     return tuple(replace(shot, timestep=timestep) for shot in shots)
 
 
-def in_order(engine: Engine, recorded: Recorded, sites: Sequence[SiteModule]) -> Iterator[Activations]:
-    """Empty `recorded` in the order of steps and sites; raise an error if values are not finite."""
+def in_order(
+    engine: Engine, recorded: Recorded, sites: Sequence[SiteModule], finite: FiniteCheck | None = None
+) -> Iterator[Activations]:
+    """Empty `recorded` in the order of steps and sites; raise an error if values are not finite, by `finite` if it has begun."""
     order = [target.site for target in sites]
+    passed = finite is not None and finite.passed()
     for timestep, site in sorted(recorded, key=lambda key: (-key[0], order.index(key[1]))):
         activations = recorded.pop((timestep, site))
-        if not _is_finite(activations.values):
+        if not passed and not _is_finite(activations.values):
             raise NonFinite(_non_finite_message(engine, activations, sites[order.index(site)].path))
         yield activations
 
