@@ -29,6 +29,10 @@ class _Backend:
     def _is_in_bad_fork() -> bool:
         return False
 
+    @staticmethod
+    def manual_seed_all(seed: int) -> None:
+        """Do nothing: its random numbers come from the CPU."""
+
 
 class OtherTensor(torch.Tensor):
     """A tensor on `DEVICE`; `held` holds its values."""

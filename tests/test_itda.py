@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from jaxtyping import TypeCheckError
+from other_device import other_device
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from difflex.choices import PursuitName
 from difflex.dictionaries import Dictionary, DictionaryOrigin, Normalisation
@@ -26,6 +29,7 @@ from difflex.files import folder_lock
 from difflex.records import ActivationBatch, Shot, Site
 from difflex.store.reading import SplitBatches
 from difflex.training.itda import GrowthData, GrowthInterval, expected_over_threshold, grow
+from difflex.training.itda import grower as grower_module
 from difflex.training.itda.grower import AtomGrower
 from difflex.training.itda.state import HoldOut
 
@@ -120,6 +124,49 @@ def test_an_atom_is_a_row_of_the_data_and_knows_its_shot_and_token(tmp_path: Pat
     assert patch is not None
     assert patch.shot == shot(patch.number)
     assert 0 <= patch.token < 8
+
+
+@pytest.mark.parametrize(("pursuit", "add"), [("orthogonal", "point"), ("gradient", "residual"), ("matching", "point")])
+def test_growth_and_codes_on_another_device_mix_no_devices(tmp_path: Path, pursuit: PursuitName, add: str):
+    data, settings = source(tokens=TOKENS // 4), growth(pursuit=pursuit, size=60, holdout=0.2, add=add)
+    here = grow({tmp_path / "here": settings}, data, origin=ORIGIN)[tmp_path / "here"]
+    with other_device() as device:
+        there = grow({tmp_path / "there": settings}, data, origin=ORIGIN, device=device)[tmp_path / "there"].to(device)
+        codes = [part.cpu() for part in there.encode(cloud(30, seed=500).to(device))]
+        assert there.backend.half and there.size > 20
+    loaded = Dictionary.load(tmp_path / "there")
+    assert isinstance(loaded, ITDA) and torch.equal(here.provenance.shots, loaded.provenance.shots)
+    torch.testing.assert_close(loaded.atoms, here.atoms)
+    torch.testing.assert_close(codes[0], here.encode(cloud(30, seed=500)).values, atol=1e-4, rtol=0)
+
+
+def test_growth_on_a_gpu_waits_for_it_by_pursuits_not_by_tokens(monkeypatch: pytest.MonkeyPatch):
+    pursuits: list[int] = []
+    run = grower_module.run_pursuit
+    monkeypatch.setattr(grower_module, "run_pursuit", lambda *args, **words: (pursuits.append(0), run(*args, **words))[1])
+    z, counter = normalised().apply(cloud(256)), WaitCounter()
+    with other_device() as device:
+        grower = AtomGrower(growth(size=200), 0.25, WIDTH, device, Ranks())
+        places = torch.arange(256).to(device)
+        rows = ActivationBatch(z.to(device), places, places)
+        with counter:
+            grower.add_batch(rows)
+        again = AtomGrower(growth(size=200), 0.25, WIDTH, device, Ranks())
+        again.restore(grower.atoms_from(0))
+        halves = [each.atoms.half.cpu()[: grower.size] for each in (grower, again)]  # pyright: ignore
+    assert torch.equal(*halves) and bool(halves[0].any(1).all())
+    assert grower.size > 50 and counter.waits < 12 * len(pursuits) < 256
+
+
+class WaitCounter(TorchDispatchMode):
+    """Counts the operations whose results the host waits for."""
+
+    waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        self.waits += name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2")
+        return func(*args, **(kwargs or {}))
 
 
 def test_copies_within_a_batch_become_one_atom():

@@ -42,7 +42,7 @@ WIDTH_PER_GRAM_ROW = 8
 """A row of the Gram matrix takes as long as a product with activations of about this width."""
 EXACT_POOL, EXACT_SIZE = CandidatePool(rounds=1, atoms=8), 16_384
 """The pool on a GPU of matching pursuit, and of all pursuits up to this many atoms: every pick is the best of all atoms."""
-GRADIENT_POOL = CandidatePool(rounds=3, atoms=32)
+GRADIENT_POOL = CandidatePool(rounds=3, atoms=24)
 """The pool on a GPU of gradient pursuit, which suffers more from a pick that is not the best than orthogonal pursuit."""
 
 

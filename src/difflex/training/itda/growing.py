@@ -207,7 +207,7 @@ class GrowthRun:
         if message := non_finite_message(number, rows):
             raise NonFinite(f"{message} Harvest that shot again, then resume.")
         z = member.normalisation.apply(rows.values.to(self.device))
-        holdout = self._holdout.mask(rows.shots, member.growth.holdout).to(self.device)
+        holdout = self._holdout.mask(rows.shots.cpu(), member.growth.holdout).to(self.device)
         shots, tokens = rows.shots.to(self.device), rows.tokens.to(self.device)
         size = member.growth.batch
         for start in range(0, max_count, size):
