@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from fake_harvest import SITES, FakeHarvest, fake_shots
 from safetensors.torch import load_file
 from test_training import CONFIG, ORIGIN, SMALL, batches, flip, interrupted_at, log, same, trained
@@ -215,3 +216,25 @@ def test_a_live_training_that_was_killed_ends_with_the_same_bits_and_harvests_at
     assert shots <= 1 + 64 * 25 // 4 + 512 // 4
     for path in dictionaries(tmp_path / "whole"):
         assert same(*(tmp_path / name / "dictionaries" / path for name in ("whole", "killed")))
+
+
+def live_rank(rank: int, meeting: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    shots = live(folder)
+    (folder / f"shots-{rank}").write_text(str(shots))
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_shots_of_a_live_training(tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=live_rank, args=(rank, tmp_path / "meeting", tmp_path / "study")) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    shots = [int((tmp_path / "study" / f"shots-{rank}").read_text()) for rank in range(2)]
+    assert shots == [1 + 64 * 30 // 4 // 2] * 2  # and one for the shapes
+    sae = Dictionary.load(tmp_path / "study" / "dictionaries" / "double.1" / "topk-64-k4")
+    assert sae.origin.training["tokens"] == 64 * 30 and "2 processes" in str(sae.origin.training["data"])

@@ -112,6 +112,14 @@ class TrainCommand(StudyImagesCommand):
         names = ("precision", "offload", "no_offload", "pixels", "steps", "guidance", "prompts", "prompts_column", "window")
         return {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
 
+    def _least_memory(self, config: "SweepConfig") -> int:
+        """Return the bytes of a GPU that the largest SAE takes, at the widest site of the study."""
+        from difflex.store import Store
+        from difflex.training.study import sweep_cost
+
+        widths = [Store.open(folder).width for folder in Study.open(self.study).stores().values()]
+        return sweep_cost(config, [max(widths)], device="cuda").least if widths else 0
+
     def _train_live(self, config: "SweepConfig") -> list[Path]:
         """Train on the activations of the study's model while it runs."""
         from functools import partial
@@ -122,7 +130,7 @@ class TrainCommand(StudyImagesCommand):
         from difflex.training.study import train_live
 
         use_gpu_of_rank()
-        study = open_study(self.study, self)
+        study = open_study(self.study, self, reserve=self._least_memory(config) if self.precision == "auto" else 0)
         settings = study.settings
         if self.prompts is not None:
             path = Path(self.prompts)
