@@ -116,6 +116,7 @@ class FusedOperations(UpdateOperations[dict[str, RowSource]]):
             kernels.choose_blocks,
             (count,),
             *(maxima, slack, limits, reached, chosen, counts, blocks, k, rounding),
+            warps=min(16, max(4, _power(blocks) // 512)),
             BLOCKS=_power(blocks),
             ROOM=room,
         )
