@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.training.config import AuxKLoss, TrainingConfig
-from difflex.training.dense import DenseOperations
-from difflex.training.operations import DeviceState, SortedPairs, TokenPairs, UpdateOperations
+from difflex.training.operations import DenseOperations, DeviceState, SortedPairs, TokenPairs, UpdateOperations
 from difflex.training.update import SAEParameters
 
 WARM_UPDATES = 3
