@@ -1,5 +1,6 @@
 """Recipes: each runs to its end, those for large models on random weights of their classes with tiny widths."""
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,14 +28,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 HERE = {
-    "double.9": "double.0",
-    "double.18": "double.1",
-    "single.9": "single.0",
-    "single.18": "single.1",
     "double.1": "double.0:update",
     "double.2": "double.1",
     "double.2:neurons": "double.1:neurons",
-    "double.18:neurons": "double.1:neurons",
     "single.3": "single.2",
 }
 """Where the tiny FLUX has what the recipes ask of the large one."""
@@ -73,7 +69,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                     site=sites,
                     dictionary=(),
                     images=24,
-                    steps=None,
+                    **({"prompts": str(prompts), "pixels": (16, 24), "steps": 1} if command.prompts else {}),
                     top_examples=6,
                     random_examples=2,
                     silent_examples=2,
@@ -82,7 +78,9 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 return replace(command, dictionary=(), random_features=2, judged_images=2)
             case SteerEvalCommand():
                 one = ("double.1/topk-32-k2",)
-                return replace(command, dictionary=one, groups=("colour",), min_ap=0.05, trials=1, pairs=1, strength=(1.0,))
+                return replace(
+                    command, dictionary=one, groups=("colour",), min_ap=0.05, trials=1, pairs=1, strength=(1.0,), pixels=(64, 64)
+                )
             case RemovalCommand():
                 few = {
                     "groups": ("background",),
@@ -91,11 +89,12 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                     "tuning_images": 1,
                     "features": (1,),
                     "strength": (0.0,),
+                    "pixels": (64, 64),
                 }
                 return replace(command, dictionary=("double.1/topk-32-k2",), **few)
             case FindingsCommand():
                 few = {"groups": ("colour",), "concepts_per_group": 1, "trials": 1, "pairs": (1,), "strength": (0.1,)}
-                return replace(command, site="double.1", **few)
+                return replace(command, site="double.1", pixels=(64, 64), **few)
             case _:
                 return command
 
@@ -122,7 +121,54 @@ def all_is_done(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("done already") == len(study.commands)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "mini_full"])
+def real_depth(family: str, folder: Path) -> list[str]:
+    """The flags of a model with the 19 + 38 blocks of FLUX.1, at a tiny width, and of a file of prompts, for `difflex run`."""
+    model = tiny_folder(family, folder / family, layers=(19, 38), defaults={**DRAWN, "text_length": 8})
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(f"star {number}" for number in range(200)))
+    return [
+        "--model",
+        str(model),
+        "--prompts",
+        str(prompts),
+        "--pixels",
+        "16x24",
+        "--tokens",
+        "2048",
+        "--out",
+        str(folder / "study"),
+    ]
+
+
+def test_one_command_makes_every_figure_of_the_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words, study = ["run", "flux_schnell", *real_depth("flux", tmp_path)], tmp_path / "study"
+    assert main([*words, "--dry-run"]) == 0
+    table = capsys.readouterr().out
+    assert "unknown" not in table and table.count("to do") == 17 and not study.exists()
+    assert main(words) == 0
+    with open(study / "report" / "paper.csv", encoding="utf-8", newline="") as file:
+        figures = {row["figure"]: row for row in csv.DictReader(file)}
+    assert [*figures] == ["3", "4", "5", "6", "7", "8", "B"]
+    assert {(row["state"], row["command"]) for row in figures.values()} == {("complete", "")}
+    capsys.readouterr()
+    assert main(words) == 0 and capsys.readouterr().out.count("done already") == 17
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family", "flags"), [("flux_dev", "flux-dev", []), ("flux_schnell", "flux", ["--precision", "nf4"])]
+)
+def test_other_models_and_precisions_of_flux_begin(
+    recipe: str, family: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["run", recipe, *real_depth(family, tmp_path), *flags]
+    assert main([*words, "--dry-run"]) == 0
+    assert "unknown" not in (table := capsys.readouterr().out) and table.count("to do") == 17
+    # Few of the many steps, or of the slow products of four bits on a CPU.
+    assert main([*words, "--tokens", "96", "--until", "harvest"]) == 0
+    assert "every command up to harvest is done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["mini", "sdxl_turbo"])
 def test_every_recipe_runs_to_its_end_and_again_does_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study = planned(name, tmp_path / "study")
     run_study(study)

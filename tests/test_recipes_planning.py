@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from difflex.choices import Precision
 from difflex.cli import main
 from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.estimates import estimate
@@ -20,6 +21,7 @@ from difflex.commands.forecast import (
     PlannedCommand,
     StoreForecast,
     duration,
+    most_on_disk,
     plan,
     plan_table,
     this_machine,
@@ -169,6 +171,25 @@ def test_every_command_of_the_recipes_of_mini_flux_has_an_estimate(name: str, tm
     planned = plan(RECIPES[name](tmp_path / "study"), MACHINE, estimate)
     assert {each.estimate.unknown for each in planned} == {""}
     assert all(each.estimate.seconds and each.estimate.bytes for each in planned)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "gpu"), [("flux_schnell", "bf16", 80), ("flux_schnell", "nf4", 24), ("flux_dev", "nf4", 24)]
+)
+def test_the_recipes_of_flux_fit_the_gpus_that_people_have(
+    name: str, precision: Precision, gpu: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    machine = Machine.with_gpu(product=775e12, bandwidth=3e12, memory=64 * 10**9, gpu=gpu * 10**9)
+    planned = plan(RECIPES[name](tmp_path / "study", precision=precision), machine, estimate)
+    with capsys.disabled():
+        print(
+            f"\n{name} in {precision} on {gpu} GB:\n" + "\n".join(row[:120] for row in plan_table(planned, machine).splitlines())
+        )
+    assert {each.estimate.unknown for each in planned} == {""}
+    for status, cost in planned:
+        assert cost.memory is not None and cost.memory.gpu is not None, status.record.verb
+        assert cost.memory.gpu < gpu * 10**9 and cost.memory.host < machine.memory, status.record.verb
+    assert most_on_disk(planned).bytes < 20 * 10**9
 
 
 # What the commands took, one after another, on one core of the two with other work on both.

@@ -4,45 +4,49 @@ Write one in a file of your own and run it: `difflex run my_recipe.py:study`. To
 A flag of `difflex run` is passed to the argument of its name, if the function has one.
 """
 
-import inspect
 import os
 import runpy
 import shlex
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.choices import PrecisionChoice
-from difflex.commands.checks import check_values
+from difflex.commands.checks import check_options, check_values, checked_study, mistakes
 from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.features import CollectCommand
-from difflex.commands.flags import TOKENS, Bytes, Pixels
+from difflex.commands.flags import TOKENS, Bytes, Pixels, PrecisionChoice, located
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.study import ReportCommand, command_words
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
-from difflex.errors import BadInput, DifflexError, UnknownName
+from difflex.errors import BadInput, UnknownName
 from difflex.study import Command, CommandRecord, Study, recipe_record, run_study
 
 __all__ = ["RECIPES", "Recipe", "RunCommand", "flux_dev", "flux_schnell", "mini", "mini_full", "recipe", "sdxl_turbo"]
 
 Recipe = Callable[..., Study]
 """A function of the folder of the study and, by keyword and as far as it takes them, of `OPTIONS`."""
-OPTIONS = ("model", "precision", "prompts", "pixels", "tokens")
+OPTIONS = ("model", "precision", "prompts", "pixels", "tokens", "vlm")
 """The flags of `difflex run` that are arguments of recipes."""
 ImageSize = tuple[int, int] | None
-CAPTIONS = "opendiffusionai/cc12m-cleaned:caption_llava_short"
+CC12M = "opendiffusionai/cc12m-cleaned:caption_llava_short"
 """The prompts of arXiv 2505.24360."""
 AESTHETIC = "guangyil/laion-coco-aesthetic:caption"
 """The prompts of arXiv 2410.22366."""
+DRAWN = "captions"
+"""The captions of the drawn world."""
+KNOWN = "known"
+"""The name of what answers from known concepts, where that of a VLM is expected."""
+STORED = 400_000
+"""Tokens of each site of a large model that are stored: for ITDA, normalisations and evaluation."""
 LATE = 0.5
 """The noise level of the last of mini-flux's four steps, at which most concepts are detected."""
+NOISY = 0.9
+"""A noise level at which something of an image is left, for a model whose only step begins at pure noise."""
 EFFECT = 16
 """Shots at which the effect of dictionaries on mini-flux is measured."""
 
@@ -152,16 +156,18 @@ def flux_schnell(
     *,
     model: str = "black-forest-labs/FLUX.1-schnell",
     precision: PrecisionChoice | None = None,
-    prompts: str = CAPTIONS,
-    pixels: ImageSize = (256, 256),
+    prompts: str = CC12M,
+    pixels: tuple[int, int] = (256, 256),
     tokens: int = 30_720_000,
+    vlm: str = KNOWN,
 ) -> Study:
-    """Return arXiv 2505.24360 on FLUX.1 schnell: SAEs at four sites, a sweep over k and size at the middle one, ITDA, neurons.
+    """Return arXiv 2505.24360 on FLUX.1 schnell with all its figures: SAEs and ITDA at four sites, k and size at one, neurons.
 
-    The activations of 30.7 M tokens take about 390 GB in int8.
+    The SAEs are trained while the model runs. A `vlm` explains features; without one they are compared with known concepts, which
+    explain them if the prompts are the captions of the drawn world.
     """
     loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
-    return _flux(folder, {**loading, "steps": 1, "guidance": 0.0}, tokens)
+    return _flux(folder, {**loading, "steps": 1, "guidance": 0.0}, tokens, vlm)
 
 
 def flux_dev(
@@ -169,34 +175,69 @@ def flux_dev(
     *,
     model: str = "black-forest-labs/FLUX.1-dev",
     precision: PrecisionChoice | None = None,
-    prompts: str = CAPTIONS,
-    pixels: ImageSize = (256, 256),
+    prompts: str = CC12M,
+    pixels: tuple[int, int] = (256, 256),
     tokens: int = 30_720_000,
+    vlm: str = KNOWN,
 ) -> Study:
     """Return the same study of FLUX.1 dev, at all of its 28 steps and with its default guidance."""
     loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
-    return _flux(folder, {**loading, "steps": 28, "guidance": 3.5}, tokens)
+    return _flux(folder, {**loading, "steps": 28, "guidance": 3.5}, tokens, vlm)
 
 
-def _flux(folder: Path, loading: Mapping[str, Any], tokens: int) -> Study:
+def _flux(folder: Path, loading: Mapping[str, Any], tokens: int, vlm: str) -> Study:
     """Return a study of FLUX.1; `loading` are the flags that its commands which load it by name share."""
-    middle, sites = "double.18", ("double.9", "double.18", "single.9", "single.18")
-    elsewhere = tuple(site for site in sites if site != middle)
-    harvest = HarvestCommand(**loading, site=sites, tokens=tokens, dtype="int8")
+    middle, elsewhere = "double.18", ("double.9", "single.9", "single.18")
+    inner, stored = f"{middle}:neurons", min(tokens, STORED)
+    # An ITDA grows from several times as many tokens as it has atoms, and SAEs are compared with an ITDA of their size.
+    sizes = tuple(max(16, size * stored // STORED) for size in (16_384, 32_768, 65_536))
+    k = min(64, sizes[0] // 16)
+    harvest = HarvestCommand(**loading, site=(middle, *elsewhere), tokens=stored, dtype="int8", batch=32)
+    train = TrainCommand(
+        study=folder,
+        site=(middle,),
+        preset="paper",
+        k=tuple(dict.fromkeys((-(-k // 2), -(-3 * k // 4), k))),
+        size=sizes,
+        tokens=tokens,
+        weights="bf16",
+    )
+    bare = replace(train, k=(k,), size=sizes[:1], tokens=min(tokens, 10 * STORED), checkpoints="compact")
+    itda = ItdaCommand(study=folder, site=(middle,), k=k, pursuit="gradient")
     return Study(
         folder=folder,
         model=loading["model"],
         commands=(
-            AnatomyCommand(**loading),
+            AnatomyCommand(**{**loading, "steps": max(loading["steps"], 4)}, max_prompts=min(64, max(4, tokens // 256))),
             harvest,
-            TrainCommand(study=folder, site=(middle,), preset="paper", k=(32, 48, 64), size=(16_384, 32_768, 65_536)),
-            TrainCommand(study=folder, site=elsewhere, preset="paper", k=(64,), size=(65_536,)),
-            ItdaCommand(study=folder, site=sites, preset="paper"),
-            *_neurons(harvest, middle, (64,), tokens=min(1_000_000, tokens)),
-            EvaluateCommand(study=folder),
-            CollectCommand(study=folder, site=(middle,), images=8000),
+            replace(train, also=elsewhere, live=True, harvest_batch=32),
+            *(replace(bare, normalisation=normalisation) for normalisation in ("none", "standardise", "whiten")),
+            *(replace(itda, size=(size,)) for size in sizes),
+            replace(itda, site=elsewhere, size=sizes[-1:]),
+            *_neurons(harvest, middle, (k,), tokens=max(min(stored, 1024), stored // 8)),
+            EvaluateCommand(study=folder, effect_shots=0),
+            EvaluateCommand(study=folder, site=(middle,), largest=True),
+            *_interpreted(folder, (middle, inner), loading, tokens, vlm),
             ReportCommand(study=folder),
         ),
+    )
+
+
+def _interpreted(folder: Path, sites: tuple[str, ...], loading: Mapping[str, Any], tokens: int, vlm: str) -> tuple[Command, ...]:
+    """Return the commands that show what the largest dictionaries at `sites` stand for; less than `tokens` limit the images."""
+    images = min(8000 if loading["steps"] == 1 else 1000, max(50, tokens // 256))
+    noise, drawn = (NOISY,) if loading["steps"] == 1 else (LATE,), vlm == KNOWN and loading["prompts"] == DRAWN
+    height, width = loading["pixels"]
+    world: dict[str, Any] = {"noise": noise}
+    if height != width or height % 64:  # the drawn world has none of these
+        world["pixels"] = (max(64, min(height, width) // 64 * 64),) * 2
+    run = {name: loading[name] for name in ("prompts", "steps", "pixels", "guidance")}
+    given: dict[str, Any] = {"drawn_world": True, **world} if drawn else run
+    explain = ExplainCommand(studies=(folder,), vlm=vlm)
+    return (
+        ConceptsCommand(studies=(folder,), site=sites, largest=True, images=min(500, max(200, images)), **world),
+        CollectCommand(study=folder, site=sites, largest=True, images=images, patches=0, **given),
+        *((explain, replace(explain, protocol="paper")) if drawn or vlm != KNOWN else ()),
     )
 
 
@@ -206,12 +247,13 @@ def sdxl_turbo(
     model: str = "stabilityai/sdxl-turbo",
     precision: PrecisionChoice | None = None,
     prompts: str = AESTHETIC,
-    pixels: ImageSize = (512, 512),
+    pixels: tuple[int, int] = (512, 512),
     tokens: int = 38_400_000,
+    vlm: str = KNOWN,
 ) -> Study:
     """Return arXiv 2410.22366 on SDXL Turbo: the updates of four blocks at one step, k 10, size 5,120.
 
-    A tenth of its 384 M vectors for each block, which take about 200 GB in int8.
+    A tenth of its 384 M vectors for each block, trained on while the model runs; 400,000 are stored.
     """
     sites = ("down.2.1:update", "mid.0:update", "up.0.0:update", "up.0.1:update")
     loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
@@ -221,10 +263,10 @@ def sdxl_turbo(
         model=model,
         commands=(
             AnatomyCommand(**loading),
-            HarvestCommand(**loading, site=sites, tokens=tokens, dtype="int8"),
-            TrainCommand(study=folder, site=sites, preset="unbox", k=(10,), size=(5120,)),
+            HarvestCommand(**loading, site=sites, tokens=min(tokens, STORED), dtype="int8"),
+            TrainCommand(study=folder, site=sites, preset="unbox", k=(10,), size=(5120,), tokens=tokens, live=True),
             EvaluateCommand(study=folder),
-            CollectCommand(study=folder, images=8000),
+            *_interpreted(folder, sites, loading, tokens, vlm),
             ReportCommand(study=folder),
         ),
     )
@@ -244,43 +286,12 @@ def recipe(name: str) -> Recipe:
         return RECIPES[name]
     if not os.path.isfile(file):
         raise BadInput(f"There is no file {file}. Name a recipe as FILE.py:FUNCTION, or one of: {', '.join(RECIPES)}.")
-    with _mistakes(file):
+    with mistakes(file):
         names = runpy.run_path(file)
     if not callable(names.get(function)):
         functions = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
         raise UnknownName.among(f"In {file} the function", function, functions)
     return names[function]
-
-
-@contextmanager
-def _mistakes(name: str) -> Iterator[None]:
-    """Turn whatever the code of a recipe raises into an error that names its file and line."""
-    try:
-        yield
-    except DifflexError:
-        raise
-    except (Exception, SystemExit) as error:
-        file = name.rpartition(":")[0] or name
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        place = f"{file}, line {line}" if line else f"The recipe {name}"
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        raise BadInput(f"{place}, failed with {reason.strip(': ')}. Mend it there, then give the same command again.") from error
-
-
-def _checked(name: str, study: object) -> Study:
-    """Return what the recipe `name` returned, if it is a study of commands that the command line would accept."""
-    if not isinstance(study, Study):
-        raise BadInput(f"The recipe {name} returned {study!r:.100}; return a difflex.Study.")
-    if not isinstance(study.folder, Path) or not isinstance(study.model, str) or not isinstance(study.commands, (tuple, list)):
-        raise BadInput(
-            f"The recipe {name} returned {study!r:.200}; its folder is a Path, its model a name, its commands a tuple."
-        )
-    for command in study.commands:
-        if not isinstance(command, Command) or not is_dataclass(command):
-            raise BadInput(f"The recipe {name} names {command!r:.200} as a command; name instances, as TrainCommand(...).")
-        check_values(command)
-    return study
 
 
 RECIPES_OWN = "(default: the recipe's own)"
@@ -303,6 +314,8 @@ class RunCommand(Command):
     """Image size; one number for a square."""
     tokens: Annotated[int | None, TOKENS, arg(help_behavior_hint=RECIPES_OWN)] = None
     """Tokens to harvest at each site; smaller harvests of the recipe shrink with it."""
+    vlm: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=RECIPES_OWN)] = None
+    """What explains features: the folder or hub name of a VLM for transformers, or `known`."""
     out: Annotated[Path | None, arg(metavar="STUDY", help_behavior_hint="(default: a folder of the recipe's name)")] = None
     """The folder of the study; created if it does not exist."""
     until: Annotated[str | None, arg(metavar="VERB", help_behavior_hint="(default: to the end)")] = None
@@ -318,10 +331,10 @@ class RunCommand(Command):
         folder = self.out or Path(self.recipe.rpartition(":")[2])
         options = {**self._earlier(folder), **self._given()}
         function = recipe(self.recipe)
-        with _mistakes(self.recipe):
-            _check_options(self.recipe, function, options)
+        with mistakes(self.recipe):
+            check_options(self.recipe, function, options, OPTIONS)
             study = function(folder, **options)
-        study = _checked(self.recipe, study)
+        study = checked_study(self.recipe, study)
         if self.dry_run:
             from difflex.commands.estimates import estimate
             from difflex.commands.forecast import plan, plan_table, this_machine
@@ -334,13 +347,8 @@ class RunCommand(Command):
 
     def _given(self) -> dict[str, Any]:
         """Return the options that were given; a file or folder by its absolute path, so that it is found from anywhere."""
-        from difflex.pipeline import embedded
-
         options = {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
-        for name in {"model", "prompts"} & options.keys():
-            if options[name] not in embedded() and os.path.exists(options[name]):
-                options[name] = os.path.abspath(options[name])
-        return options
+        return options | {name: located(options[name]) for name in {"model", "prompts"} & options.keys()}
 
     def _earlier(self, folder: Path) -> dict[str, Any]:
         """Return the options that the recipe had when it ran in `folder` and that are not given now; print them."""
@@ -354,16 +362,3 @@ class RunCommand(Command):
             words = command_words(CommandRecord(verb="run", flags={name: record.flags[name] for name in options}))
             print(f"As when this recipe last ran here: {shlex.join(words[1:])}")
         return options
-
-
-def _check_options(name: str, function: Recipe, options: Mapping[str, object]) -> None:
-    """Raise an error for an option that a recipe does not take."""
-    parameters = inspect.signature(function).parameters if options else {}
-    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for option in options:
-        if option not in parameters:
-            known = ", ".join(f"--{known}" for known in OPTIONS if known in parameters) or "no options"
-            raise BadInput(
-                f"The recipe {name} takes {known}, but --{option} was given. Add an argument `{option}` to its function."
-            )

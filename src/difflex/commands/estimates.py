@@ -19,11 +19,22 @@ from difflex.commands.forecast import (
     Unknown,
     encoding,
     growing,
+    harvesting,
     profile_or_unknown,
 )
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.inputs import CAPTIONS, UNTRAINED, read_prompts
-from difflex.commands.memory import COLLECTED, dictionary_bytes, growing_bytes, hold, model_memory, pass_bytes, spectra_bytes
+from difflex.commands.memory import (
+    COLLECTED,
+    dictionary_bytes,
+    growing_bytes,
+    hold,
+    live_training,
+    model_memory,
+    pass_bytes,
+    spectra_bytes,
+    stored_training,
+)
 from difflex.commands.study import ReportCommand
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
 from difflex.errors import DifflexError
@@ -50,16 +61,16 @@ PROMPTS, LONG = 256, 200
 
 
 def _anatomy(forecast: Forecast, command: AnatomyCommand) -> CostEstimate:
-    model = profile_or_unknown(command.model, command.site, command.revision, command.steps, command.pixels, command.guidance)
+    model = profile_or_unknown(
+        command.model, command.site, command.revision, command.steps, command.pixels, command.guidance, command.text_length
+    )
     tokens = command.max_prompts * model.shot.steps * sum(tokens for tokens, _ in model.shapes.values())
     held, spectra = hold(forecast, command.out, model, command.precision, command.offload), len(command.spectra) or SPECTRA
     return CostEstimate(
         sites=tuple(map(str, model.shapes)),
         tokens=tokens,
         bytes=70_000 + spectra * 22 * max(width for _, width in model.shapes.values()),
-        seconds=_plus(
-            3.0, forecast.seconds(model=_harvesting(model, command.max_prompts, command.max_prompts, model.shot.steps))
-        ),
+        seconds=_plus(3.0, forecast.seconds(model=harvesting(model, command.max_prompts, command.max_prompts, model.shot.steps))),
         memory=forecast.memory(held.device + pass_bytes(model, held, command.batch) + spectra_bytes(model, spectra), held.host),
     )
 
@@ -69,7 +80,9 @@ def _plus(more: float, seconds: float | None) -> float | None:
 
 
 def _harvest(forecast: Forecast, command: HarvestCommand) -> CostEstimate:
-    model = profile_or_unknown(command.model, command.site, command.revision, command.steps, command.pixels, command.guidance)
+    model = profile_or_unknown(
+        command.model, command.site, command.revision, command.steps, command.pixels, command.guidance, command.text_length
+    )
     formats = [ShardFormat(site, command.dtype, *shape) for site, shape in model.shapes.items()]
     run = len(command.keep_steps) if command.keep_steps is not None else model.shot.steps
     prompts, count = _prompts_of(command)
@@ -82,7 +95,7 @@ def _harvest(forecast: Forecast, command: HarvestCommand) -> CostEstimate:
     for shape in formats:
         forecast.stores[command.out, shape.site] = StoreForecast(total * shape.tokens, shape.tokens, shape.width, shots[0])
     last = command.keep_steps.stop if command.keep_steps is not None else model.shot.steps
-    work = _harvesting(model, total // run, -(-(total // run) // len(command.seeds)), last)
+    work = harvesting(model, total // run, -(-(total // run) // len(command.seeds)), last)
     config = RecordingConfig(dtype=command.dtype, batch=command.batch)
     held = hold(forecast, command.out, model, command.precision, command.offload)
     size = recorded_bytes(formats, shots, run, total, config)
@@ -107,25 +120,24 @@ def _prompts_of(command: HarvestCommand) -> tuple[list[str], int | None]:
 
 
 def _train(forecast: Forecast, command: TrainCommand) -> CostEstimate:
-    from difflex.training.study import PRESETS, SweepConfig, SweepCost, sweep_cost
+    from difflex.training.study import PRESETS, SweepConfig
 
-    preset, total, work, costs = PRESETS[command.preset], 0, 0.0, list[SweepCost]()
-    names = ("size", "k", "preset", "kind", "normalisation", "tokens", "batch")
+    preset, total, work, widths = PRESETS[command.preset], 0, 0.0, dict[Site, int]()
+    names = ("size", "k", "preset", "kind", "normalisation", "tokens", "batch", "live", "window", "checkpoints", "weights")
     config = SweepConfig(**{name: getattr(command, name) for name in names})
-    for site in map(Site.parse, command.site):
-        store = forecast.store(command.study, site)
+    sizes, ks = command.size or (preset.size,), command.k or (preset.k,)
+    for site in map(Site.parse, (*command.site, *command.also)):
+        store, only_largest = forecast.store(command.study, site), len(widths) >= len(command.site)
         tokens = round(0.9 * store.rows) if command.tokens is None else command.tokens
-        shapes = [DictionaryForecast(n, k, store.width) for n in command.size or (preset.size,) for k in command.k or (preset.k,)]
-        forecast.add(command.study, site, shapes)
-        total, work = total + tokens, work + sum(encoding(shape, tokens) for shape in shapes)
-        costs.append(sweep_cost(config, [store.width], device=forecast.machine.device))
-    return CostEstimate(
-        sites=command.site,
-        tokens=total,
-        bytes=sum(cost.dictionaries + cost.checkpoints for cost in costs),
-        seconds=forecast.seconds(training=work),
-        memory=forecast.memory(max(cost.device for cost in costs), max(cost.host for cost in costs)),
+        shapes = [DictionaryForecast(n, k, store.width) for n in sizes for k in ks]
+        forecast.add(command.study, site, [max(shapes)] if only_largest else shapes)
+        total, work = total + tokens, work + sum(encoding(shape, tokens) for shape in ([max(shapes)] if only_largest else shapes))
+        widths[site] = store.width
+    cost = (
+        live_training(forecast, command, config, widths) if command.live else stored_training(forecast, command, config, widths)
     )
+    seconds = forecast.seconds(training=work, model=cost.model)
+    return replace(cost.estimate, sites=tuple(map(str, widths)), tokens=total, seconds=seconds)
 
 
 def _itda(forecast: Forecast, command: ItdaCommand) -> CostEstimate:
@@ -157,7 +169,7 @@ def _neurons(forecast: Forecast, command: NeuronsCommand) -> CostEstimate:
 
 
 def _evaluate(forecast: Forecast, command: EvaluateCommand) -> CostEstimate:
-    learned = forecast.learned(command.study, (*command.site, *command.dictionary))
+    learned = forecast.learned(command.study, (*command.site, *command.dictionary), command.largest)
     total, encoded, effect, most, host = 0, 0.0, 0.0, 0.0, 0.0
     for site, shapes in learned.items():
         store = forecast.store(command.study, site)
@@ -192,7 +204,7 @@ def _concepts(forecast: Forecast, command: ConceptsCommand) -> CostEstimate:
     rounds = levels + (levels > 1)
     total, size, model, matched, encoded, most, host = 0, 0, 0.0, SCENE * command.images, 0.0, 0.0, 0.0
     for folder in command.studies:
-        for site, shapes in forecast.learned(folder, (*command.site, *command.dictionary)).items():
+        for site, shapes in forecast.learned(folder, (*command.site, *command.dictionary), command.largest).items():
             store, inner = forecast.store(folder, site), site.kind == "neurons"
             profile, ks, tokens = (
                 forecast.profile(store.shot, site),
@@ -214,7 +226,7 @@ def _concepts(forecast: Forecast, command: ConceptsCommand) -> CostEstimate:
 
 
 def _collect(forecast: Forecast, command: CollectCommand) -> CostEstimate:
-    learned = forecast.learned(command.study, (*command.site, *command.dictionary))
+    learned = forecast.learned(command.study, (*command.site, *command.dictionary), command.largest)
     store = forecast.store(command.study, next(iter(learned)))
     model = forecast.profile(store.shot, *learned)
     given, steps = command.drawn_world or command.folder is not None, command.steps or store.shot.steps
@@ -307,7 +319,7 @@ def _edited(
         sites=tuple(map(str, tokens)),
         tokens=round(sum(rows.values())),
         bytes=round(images * 30),
-        seconds=forecast.seconds(model=work + _harvesting(model, sides, sides, steps), encoding=encoded),
+        seconds=forecast.seconds(model=work + harvesting(model, sides, sides, steps), encoding=encoded),
         memory=forecast.memory(_in_use(forecast, (shape for _, shape in shapes), taken), held.host),
     )
 
@@ -358,11 +370,6 @@ def estimate(forecast: Forecast, command: Command) -> CostEstimate:
         return CostEstimate(tokens=tokens, unknown=str(reason))
     except DifflexError as error:  # what is wrong with a command is reported when it runs
         return CostEstimate(unknown=str(error))
-
-
-def _harvesting(model: ModelProfile, runs: float, prompts: float, steps: int) -> float:
-    """Runs that end at the site in the last of `steps`, and encoding their prompts."""
-    return runs * ((steps - 1) * model.step + model.partial_step) + prompts * model.prompt
 
 
 def _replacing(model: ModelProfile, shots: int, dictionaries: int) -> float:

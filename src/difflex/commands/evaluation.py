@@ -23,7 +23,8 @@ from difflex.commands.flags import (
     Pixels,
     StudyModelCommand,
 )
-from difflex.commands.inputs import load_study_model, open_study, read_prompts
+from difflex.commands.inputs import load_study_model, narrowed, open_study, read_prompts, study_pixels
+from difflex.dictionary_config import read_config
 from difflex.errors import BadInput, OutOfMemory
 from difflex.images import check_output
 from difflex.records import Activations, Shot, Site
@@ -41,6 +42,8 @@ class EvaluateCommand(StudyModelCommand):
     """Evaluate all dictionaries of these sites: double.18, single.9:update."""
     dictionary: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: all of the sites)")] = ()
     """Evaluate these dictionaries, written SITE/LABEL: double.18/topk-8192-k32."""
+    largest: FlagCreatePairsOff[bool] = False
+    """Of these, only the largest of each kind at each site, with the largest k."""
     tokens: Annotated[int, TOKENS] = 1_000_000
     """Number of held-out tokens; all if there are fewer."""
     effect_shots: Annotated[int, WHOLE] = 32
@@ -52,9 +55,10 @@ class EvaluateCommand(StudyModelCommand):
         from difflex.evaluation import EditedModel, EvaluationConfig, evaluate_study, evaluation_table
 
         study = open_study(self.study, self)
+        sites, names = narrowed(study, self.site, self.dictionary, self.largest)
         config = EvaluationConfig(
-            sites=self.site,
-            dictionaries=self.dictionary,
+            sites=sites,
+            dictionaries=names,
             tokens=self.tokens,
             shots=self.effect_shots,
             measures=self.measure,
@@ -86,14 +90,16 @@ class ConceptsCommand(StudyModelCommand):
     """Match all dictionaries of these sites: double.18, single.9:update."""
     dictionary: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: all of the sites)")] = ()
     """Match these dictionaries, written SITE/LABEL: double.18/topk-8192-k32."""
+    largest: FlagCreatePairsOff[bool] = False
+    """Of these, only the largest of each kind at each site, with the largest k."""
     images: Annotated[int, COUNT] = 1000
     """Number of labelled images; a tenth of them is held out for the measurements."""
     noise: NoiseLevels = (0.25, 0.5, 0.75)
     """Noise levels of the images at the model's input."""
     folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: the drawn world)")] = None
     """Your own images with label maps: FOLDER/images, FOLDER/labels and FOLDER/labels.json."""
-    pixels: Annotated[Pixels, arg(help_behavior_hint="(default: as they are)")] = None
-    """Resize and crop the images of a folder to this size."""
+    pixels: Annotated[Pixels, arg(help_behavior_hint="(default: those of the folder, or of the study)")] = None
+    """Size of the images: those of a folder are resized and cropped, the drawn world is drawn so large."""
     empty_prompts: FlagCreatePairsOff[bool] = False
     """Use empty prompts instead of those of the images."""
     present_above: Annotated[float, SHARE, arg(metavar="SHARE")] = 0.5
@@ -125,8 +131,9 @@ class ConceptsCommand(StudyModelCommand):
             def harvest_at(site: Site):
                 if site.kind == "neurons" and "neurons" not in pipe().kinds(site):
                     return None
-                if self.folder is None:
-                    _check_memory(pipe(), site, self.images, len(self.noise))
+                if pixels is not None:
+                    ks = [read_config(study.dictionary(*ref)).k for ref in study.dictionaries()]
+                    _check_memory(pipe(), site, pixels, (self.images, len(self.noise), len(images.concepts)), ks)
                 return lambda images, prompts, names: pipe().harvest_images(
                     images, self.noise, site, prompts, names, batch=self.batch
                 )
@@ -134,25 +141,34 @@ class ConceptsCommand(StudyModelCommand):
             return harvest_at
 
         folder = LabelFolder.open(self.folder) if self.folder else None
-        images = folder.source(self.images, self.pixels) if folder else drawn_source(self.images)
-        stored = match_studies(studies, images, open_model, config, self.site, self.dictionary)
+        pixels = self.pixels if folder else self.pixels or study_pixels(studies[0])
+        others = [study for study in studies if folder is None and self.pixels is None and study_pixels(study) != pixels]
+        if others:
+            raise BadInput(f"The images of {studies[0]} and {others[0]} have several sizes. Name one for both with --pixels.")
+        images = folder.source(self.images, self.pixels) if folder else drawn_source(self.images, pixels or (0, 0))
+        sites, names = narrowed(studies[0], self.site, self.dictionary, self.largest)
+        stored = match_studies(studies, images, open_model, config, sites, names)
         for method in stored:
             print(f"{method.path}: {'up to date' if method.up_to_date else 'matched'}")
         print(matches_table([method.matches for method in stored]))
         return [method.path for method in stored]
 
 
-def _check_memory(pipe: "difflex.Pipeline", site: Site, images: int, levels: int) -> None:
-    """Raise an error if the activations of so many drawn images at a site do not fit into memory, before one is drawn."""
+def _check_memory(
+    pipe: "difflex.Pipeline", site: Site, pixels: tuple[int, int], counts: tuple[int, int, int], ks: Sequence[int]
+) -> None:
+    """Raise an error if matching at a site does not fit into memory; `counts` are of images, noise levels and concepts."""
     from difflex.devices import free_memory
+    from difflex.evaluation.concepts.results import streaming_bytes
 
-    [row, *_] = pipe.sites(str(replace(site, kind="residual")))
+    [row, *_] = pipe.sites(str(replace(site, kind="residual")), pixels)
     width = (row.neurons or row.width) if site.kind == "neurons" else row.width
-    need, free = 4 * images * levels * row.tokens * width, free_memory("cpu")
+    images, levels, concepts = counts
+    need, free = streaming_bytes(images * levels * row.tokens, width, concepts, ks), free_memory("cpu")
     if need > free:
         raise OutOfMemory(
-            f"The activations of {images:,} images at {levels} noise levels at {site} take {need / 1e9:,.1f} GB of memory, and "
-            f"{free / 1e9:,.1f} GB are free. Ask for fewer --images or --noise levels."
+            f"The labels and codes of {images:,} images at {levels} noise levels at {site} take {need / 1e9:,.1f} GB of memory, "
+            f"and {free / 1e9:,.1f} GB are free. Ask for fewer --images or --noise levels."
         )
 
 

@@ -24,7 +24,7 @@ from difflex.commands.flags import (
     StudyModelCommand,
     number,
 )
-from difflex.commands.inputs import load_study_model, open_book, open_study, read_prompts
+from difflex.commands.inputs import load_study_model, open_book, open_study, read_prompts, study_pixels
 from difflex.errors import BadInput
 from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
 from difflex.features.entries import FeatureStats
@@ -55,6 +55,8 @@ class CollectCommand(StudyModelCommand):
     """Collect for all dictionaries of these sites, in one pass: double.18, single.9:update."""
     dictionary: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: all of the sites)")] = ()
     """Collect for these dictionaries, written SITE/LABEL: double.18/topk-8192-k32."""
+    largest: FlagCreatePairsOff[bool] = False
+    """Of these, only the largest of each kind at each site, with the largest k."""
     images: Annotated[int, COUNT] = 1000
     """Number of images; about a tenth of them is held out, with examples of its own."""
     prompts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: the shots of the harvest)")] = None
@@ -66,7 +68,7 @@ class CollectCommand(StudyModelCommand):
     keep_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Steps to take activations from, with --prompts; END is excluded."""
     pixels: Annotated[Pixels, arg(help_behavior_hint="(default: that of the study)")] = None
-    """Image size, with --prompts; with --folder, images are resized and cropped to it."""
+    """Image size, with --prompts or --drawn-world; with --folder, images are resized and cropped to it."""
     guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint="(default: that of the study)")] = None
     """Guidance scale, with --prompts."""
     folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
@@ -95,7 +97,7 @@ class CollectCommand(StudyModelCommand):
         if sum(map(bool, (self.prompts, self.folder, self.drawn_world))) > 1:
             raise BadInput("--prompts, --folder and --drawn-world are three sources of images. Use one of them.")
         study = open_study(self.study, self)
-        refs = study.select_dictionaries(self.site, self.dictionary)
+        refs = (study.select_largest if self.largest else study.select_dictionaries)(self.site, self.dictionary)
         counts = {name: getattr(self, name) for name in ("top_examples", "random_examples", "silent_examples")}
         editor, stores = StudyEditor(study), study.stores()
         with ExitStack() as locks:
@@ -134,7 +136,7 @@ class CollectCommand(StudyModelCommand):
             return pipe(None).harvest_images(images, self.noise, sites, prompts, names, **arguments)
 
         if self.drawn_world or self.folder is not None:
-            description, count, load = self._existing_images()
+            description, count, load = self._existing_images(study)
             description += f", noise {','.join(map(str, self.noise))}, precision {study.settings.precision}"
             return noised_source(description, count, load, harvest_images, harvest(None), self.batch)
         if self.prompts is None:
@@ -144,9 +146,9 @@ class CollectCommand(StudyModelCommand):
         shots = pipe(None).shots(texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
         return runs_source("prompts", shots, self.images, harvest(None))
 
-    def _existing_images(self) -> "tuple[str, int, Callable[[int], Iterator[PromptedImage]]]":
+    def _existing_images(self, study: Study) -> "tuple[str, int, Callable[[int], Iterator[PromptedImage]]]":
         """Return a description of the images of the folder or the drawn world, their number, and a function that loads them."""
-        from difflex.evaluation.concepts import FIRST_SEED, drawn_images
+        from difflex.evaluation.concepts import drawn_source
         from difflex.features.collecting import PromptedImage, image_files
 
         if self.folder is not None:
@@ -157,11 +159,12 @@ class CollectCommand(StudyModelCommand):
                 lambda start: (PromptedImage.read(path, self.pixels) for path in paths[start:]),
             )
 
-        def draw(start: int) -> Iterator[PromptedImage]:
-            scenes = drawn_images(self.images - start, FIRST_SEED + start)
-            return (PromptedImage(scene.image, scene.prompt, scene.name) for scene in scenes)
+        scenes = drawn_source(self.images, self.pixels or study_pixels(study))
 
-        return f"drawn world from {FIRST_SEED}", self.images, draw
+        def draw(start: int) -> Iterator[PromptedImage]:
+            return (PromptedImage(scene.image, scene.prompt, scene.name) for scene in islice(scenes.load(), start, None))
+
+        return scenes.name, self.images, draw
 
 
 def _books_table(books: Sequence[Path]) -> str:

@@ -198,10 +198,13 @@ class Forecast:
             self.stores[folder, site] = StoreForecast(rows, store.tokens, store.width, store.shot(0))
         return self.stores[folder, site]
 
-    def learned(self, folder: Path, names: Iterable[str] = ()) -> dict[Site, tuple[DictionaryForecast, ...]]:
+    def learned(
+        self, folder: Path, names: Iterable[str] = (), largest: bool = False
+    ) -> dict[Site, tuple[DictionaryForecast, ...]]:
         """Return the dictionaries that a study will have, at the sites of `names` (dictionaries or sites; all without names).
 
-        Labels are not predicted: of a site, as many dictionaries are returned as are named by label.
+        Labels are not predicted: of a site, as many dictionaries are returned as are named by label. With `largest`, only the
+        largest of each kind at each site.
         """
         pairs = [(Site.parse(name.partition("/")[0]), "/" in name) for name in names]
         counts = {site: sum(labelled for other, labelled in pairs if other == site) for site, _ in pairs}
@@ -209,6 +212,12 @@ class Forecast:
         learned = {site: several[: counts.get(site) or None] for site, several in known.items() if not pairs or site in counts}
         if not learned:
             raise Unknown("which dictionaries there will be is not known")
+        if largest:
+            return {
+                site: tuple({each.kind: each for each in sorted(several)}.values())
+                for site, several in known.items()
+                if site in learned
+            }
         return learned
 
     def add(self, folder: Path, site: Site, shapes: Sequence[DictionaryForecast]) -> None:
@@ -218,7 +227,7 @@ class Forecast:
     def profile(self, shot: Shot, *sites: Site) -> ModelProfile:
         """Return the costs of the model of `shot` in runs like it."""
         revision = None if (shot.revision or "").startswith(UNTRAINED) else shot.revision
-        return profile_or_unknown(shot.model, map(str, sites), revision, shot.steps, shot.pixels, shot.guidance)
+        return profile_or_unknown(shot.model, map(str, sites), revision, shot.steps, shot.pixels, shot.guidance, shot.text_length)
 
     def studied(self, folder: Path, *sites: Site) -> ModelProfile:
         """Return the costs of the model of a study, in runs of its own steps, pixels and guidance."""
@@ -235,6 +244,11 @@ def profile_or_unknown(name: str, sites: Iterable[str], revision: str | None, *s
     except DifflexError as error:
         missing = "could not be read from" in str(error)
         raise Unknown(f"the model {name} is not on this machine" if missing else str(error).split(". ")[0]) from None
+
+
+def harvesting(model: ModelProfile, runs: float, prompts: float, steps: int) -> float:
+    """Return the operations of runs that end at the site in the last of `steps`, and encoding their prompts."""
+    return runs * ((steps - 1) * model.step + model.partial_step) + prompts * model.prompt
 
 
 class PlannedCommand(NamedTuple):

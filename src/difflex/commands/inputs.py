@@ -118,6 +118,13 @@ def _harvest_settings(study: Study) -> StudySettings:
     return study.settings
 
 
+def study_pixels(study: Study) -> tuple[int, int]:
+    """Return the size of the images of an opened study; of one without settings, the default of its model."""
+    from difflex.pipeline import profile_model
+
+    return study.settings.pixels or profile_model(study.model, (), _model_arguments(study)["revision"]).shot.pixels
+
+
 def load_study_model(study: Study, command: StudyModelCommand) -> "Pipeline":
     """Load the model of a study that `open_study` opened, in its revision, with its settings as defaults."""
     import difflex
@@ -146,6 +153,13 @@ def _model_arguments(study: Study) -> dict[str, Any]:
     """Return the revision on the hub, or the seed of the random weights, of the model of a study."""
     match = re.fullmatch(rf"{UNTRAINED}(\d{{1,19}})", study.revision or "")
     return {"revision": None, "untrained": int(match[1])} if match else {"revision": study.revision, "untrained": None}
+
+
+def narrowed(
+    study: Study, sites: tuple[str, ...], names: tuple[str, ...], largest: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the sites and names that select dictionaries; if only the `largest` are wanted, no sites and their names."""
+    return ((), tuple(map(str, study.select_largest(sites, names)))) if largest else (sites, names)
 
 
 def open_book(study: Study, ref: DictionaryRef) -> Book:

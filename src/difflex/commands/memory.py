@@ -1,18 +1,34 @@
 """How much memory the work of a command takes: the weights of models, passes over images, dictionaries and trainings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from difflex.choices import Precision
 from difflex.commands.flags import StudyModelCommand
-from difflex.commands.forecast import DictionaryForecast, Forecast, Machine
+from difflex.commands.forecast import CostEstimate, DictionaryForecast, Forecast, Machine, harvesting
+from difflex.commands.training import TrainCommand
 from difflex.dictionaries.itda import GRAM_SHARE
 from difflex.dictionaries.pursuit import choose_backend
 from difflex.pipeline import ModelProfile
+from difflex.records import Site
 from difflex.study import Study, StudySettings
 
-__all__ = ["COLLECTED", "dictionary_bytes", "growing_bytes", "hold", "model_memory", "pass_bytes", "resolve", "spectra_bytes"]
+if TYPE_CHECKING:
+    from difflex.training.study import SweepConfig, SweepCost
+
+__all__ = [
+    "COLLECTED",
+    "dictionary_bytes",
+    "growing_bytes",
+    "hold",
+    "live_training",
+    "model_memory",
+    "pass_bytes",
+    "resolve",
+    "spectra_bytes",
+    "stored_training",
+]
 
 MARGIN = 1.1
 """Room for buffers and the allocator, as a factor on the weights of a model."""
@@ -20,6 +36,8 @@ COLLECTED = 12_000
 """Bytes that a collection holds for each feature."""
 GROWN = 1 << 30
 """Bytes of scores and residuals that a growth on a GPU holds, and a tenth of it on a CPU."""
+USABLE = 0.95
+"""The share of the free memory that a training plans with."""
 CHOICES: Sequence[tuple[Precision, bool]] = (("bf16", False), ("bf16", True), ("nf4", False), ("nf4", True))
 """What `--precision auto` tries on a GPU, the best first: the precision, and whether the model is offloaded."""
 
@@ -106,3 +124,56 @@ def _gram_bytes(machine: Machine, shape: DictionaryForecast) -> int:
 def spectra_bytes(model: ModelProfile, count: int) -> float:
     """Return the bytes of matrices of moments in float64, one for each of `count` sites, and of their eigenvectors."""
     return 8.0 * (count + 3) * max(width for _, width in model.shapes.values()) ** 2
+
+
+class TrainingForecast(NamedTuple):
+    """What a training takes besides the work of its updates."""
+
+    estimate: CostEstimate
+    model: float = 0.0
+    """Operations of the model."""
+
+
+def stored_training(
+    forecast: Forecast, command: TrainCommand, config: "SweepConfig", widths: Mapping[Site, int]
+) -> TrainingForecast:
+    """Forecast a training on stored activations: one site after another."""
+    from difflex.training.study import sweep_cost
+
+    some, device = len(command.site), forecast.machine.device
+    costs = [sweep_cost(config, [width], device=device) for width in [*widths.values()][:some]]
+    costs += [sweep_cost(config, [], also=[width], device=device) for width in [*widths.values()][some:]]
+    used = [_group(cost, forecast.machine.gpu or forecast.machine.memory)[0] for cost in costs]
+    kept, saved = sum(cost.dictionaries for cost in costs), [cost.checkpoints for cost in costs]
+    exact = config.checkpoint_kind == "exact"
+    memory = forecast.memory(max(used), max(cost.host for cost in costs))
+    size, temporary = kept + (sum(saved) if exact else 0), 0 if exact else max(saved)
+    return TrainingForecast(CostEstimate(bytes=size, temporary=temporary, memory=memory))
+
+
+def live_training(
+    forecast: Forecast, command: TrainCommand, config: "SweepConfig", widths: Mapping[Site, int]
+) -> TrainingForecast:
+    """Forecast a training while the model runs: all sites at once, in as many groups, each a run of the model, as fit."""
+    from difflex.training.study import sweep_cost
+
+    several, some = [*widths.values()], len(command.site)
+    store = forecast.store(command.study, next(iter(widths)))
+    model = forecast.profile(store.shot, *widths)
+    held = model_memory(forecast, command.study, model, command)
+    cost = sweep_cost(config, several[:some], also=several[some:], device=forecast.machine.device)
+    taken = held.device + pass_bytes(model, held, command.harvest_batch)
+    used, groups = _group(cost, (forecast.machine.gpu or forecast.machine.memory) - taken)
+    tokens = round(0.9 * store.rows) if command.tokens is None else command.tokens
+    runs, steps = -(-tokens // (store.tokens * store.shot.steps)), store.shot.steps
+    exact, memory = config.checkpoint_kind == "exact", forecast.memory(taken + used, held.host + cost.host)
+    kept, temporary = cost.dictionaries + (cost.checkpoints if exact else 0), 0 if exact else cost.checkpoints // groups
+    return TrainingForecast(
+        CostEstimate(bytes=kept, temporary=temporary, memory=memory), groups * harvesting(model, runs, runs, steps)
+    )
+
+
+def _group(cost: "SweepCost", free: float) -> tuple[float, int]:
+    """Return the bytes of the largest of the groups in which SAEs are trained, and the number of groups."""
+    groups = cost.groups(round(USABLE * free)) or [[number] for number in range(len(cost.states))]
+    return cost.working + max(sum(cost.states[number] for number in group) for group in groups), len(groups)

@@ -192,6 +192,13 @@ class Study:
                     raise UnknownName.among(kind, name, available, "difflex train and difflex itda make dictionaries.")
         return [ref for ref in dictionaries if not (sites or names) or str(ref.site) in sites or str(ref) in names]
 
+    def select_largest(self, sites: Sequence[str], names: Sequence[str]) -> list[DictionaryRef]:
+        """Return the largest of the selected dictionaries of each kind at each site, with the largest k."""
+        groups: dict[tuple[Site, str], list[DictionaryRef]] = {}
+        for ref in self.select_dictionaries(sites, names):
+            groups.setdefault((ref.site, ref.label.partition("-")[0]), []).append(ref)
+        return [max(refs, key=_shape) for refs in groups.values()]
+
     def evaluation(self, site: Site, label: str) -> Path:
         """The file with the evaluation of a dictionary."""
         return self.folder / "evaluation" / site.folder / f"{label}.json"
@@ -273,3 +280,10 @@ def _parse_site(folder: Path) -> Site:
 
 def _model_name(model: str, revision: str | None) -> str:
     return f"{model}@{revision}" if revision else model
+
+
+def _shape(ref: DictionaryRef) -> tuple[int, int, int]:
+    """Return the size and the k in a label; of equal ones, the shortest label is no variant of another."""
+    match = re.match(r"[^-]*-(\d+)-k(\d+)", ref.label)
+    size, k = map(int, match.groups()) if match else (0, 0)
+    return size, k, -len(ref.label)

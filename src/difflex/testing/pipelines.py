@@ -36,20 +36,29 @@ VAE = {
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-def tiny_pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
-    """Build a random pipeline of `family`, one of `TINY`; the seed determines the weights."""
+def tiny_pipeline(family: str, seed: int = 0, layers: tuple[int, int] | None = None) -> DiffusionPipeline:
+    """Build a random pipeline of `family`, one of `TINY`; the seed determines the weights.
+
+    A FLUX.1 may have other numbers of double and single blocks: those of the real one are 19 and 38.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipeline = TINY[family]()
+        pipeline = TINY[family](**({} if layers is None else {"layers": layers}))
         _fill_zeros(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def tiny_folder(family: str, folder: Path, seed: int = 0, defaults: Mapping[str, object] | None = None) -> Path:
-    """Save a random pipeline of `family` in `folder` with a `difflex.json`, in which `defaults` replaces entries."""
+def tiny_folder(
+    family: str,
+    folder: Path,
+    seed: int = 0,
+    defaults: Mapping[str, object] | None = None,
+    layers: tuple[int, int] | None = None,
+) -> Path:
+    """Save a `tiny_pipeline` in `folder` with a `difflex.json`, in which `defaults` replaces entries."""
     with hide_progress_bars():
-        tiny_pipeline(family, seed).save_pretrained(folder)
+        tiny_pipeline(family, seed, layers).save_pretrained(folder)
     settings = {"pixels": [[32, 32], [16, 24]], "steps": 2, "guidance": 0.0, "text_length": TEXT_LENGTH}
     write_json(folder / "difflex.json", 1, {"name": folder.name, "family": family, **settings, **(defaults or {})})
     return folder
@@ -122,7 +131,8 @@ def _flow(shift: float, dynamic: bool = False) -> Any:
     return _diffusers("FlowMatchEulerDiscreteScheduler", shift=shift, use_dynamic_shifting=dynamic)
 
 
-def _flux(dev: bool = False) -> DiffusionPipeline:
+def _flux(dev: bool = False, layers: tuple[int, int] = (2, 3)) -> DiffusionPipeline:
+    blocks = {**HEADS, "num_layers": layers[0], "num_single_layers": layers[1]}
     sizes = {"in_channels": 16, "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "axes_dims_rope": (4, 6, 6)}
     return _diffusers(
         "FluxPipeline",
@@ -132,7 +142,7 @@ def _flux(dev: bool = False) -> DiffusionPipeline:
         tokenizer=_clip_tokenizer(),
         text_encoder_2=_t5(),
         tokenizer_2=_t5_tokenizer(),
-        transformer=_diffusers("FluxTransformer2DModel", **BLOCKS, **sizes, guidance_embeds=dev),
+        transformer=_diffusers("FluxTransformer2DModel", **blocks, **sizes, guidance_embeds=dev),
     )
 
 
@@ -237,7 +247,7 @@ def _pixart(kind: str = "PixArtAlphaPipeline") -> DiffusionPipeline:
     )
 
 
-TINY: Mapping[str, Callable[[], DiffusionPipeline]] = MappingProxyType(
+TINY: Mapping[str, Callable[..., DiffusionPipeline]] = MappingProxyType(
     {
         "flux": _flux,
         "flux-dev": partial(_flux, dev=True),
