@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -14,7 +15,7 @@ from difflex.errors import NonFinite
 from difflex.training.checkpoint import load_state, save_state
 from difflex.training.config import TrainingConfig
 from difflex.training.data import TrainingRanks
-from difflex.training.gpu import DeadBound, UpdateEngine
+from difflex.training.gpu import WARM_UPDATES, DeadBound, UpdateEngine
 from difflex.training.learner import Learner, initial_weights
 
 DENSE = UpdateEngine(kernels=False, copies=torch.float32)
@@ -48,7 +49,7 @@ def test_the_update_on_a_device_equals_that_of_the_cpu(name: str):
 def test_the_loss_with_bfloat16_copies_stays_close():
     config = replace(PLAIN, size=512, k=8)
     both = [learner(config, None), learner(config, UpdateEngine(kernels=False))]
-    for number in range(40):
+    for number in range(20):
         for each in both:
             each.update(batch(number, count=512), 1e-3)
         expected, metrics = (each.metrics for each in both)
@@ -74,6 +75,41 @@ def test_nothing_on_the_path_of_an_update_waits_for_the_device():
         assert {"choose_candidates", "sum_segments", "measure_rows", "update_rows", "update_vector"} <= set(launches)
         with pytest.raises(RuntimeError, match="meta"):
             on_meta.update(torch.empty(256, WIDTH, device="meta"), 1e-3)
+
+
+def test_a_training_goes_on_where_no_graph_can_be_captured():
+    expected, without = learner(PLAIN, DENSE), learner(PLAIN, DENSE)
+    assert without._on_device is not None
+    without._on_device._warm = 0
+    for number in range(6):
+        expected.update(batch(number), 1e-3)
+        if number == WARM_UPDATES:
+            with (
+                patch("torch.cuda.CUDAGraph", side_effect=RuntimeError("out of graphs")),
+                pytest.warns(UserWarning, match="without a CUDA graph.*out of graphs"),
+            ):
+                without.update(batch(number), 1e-3)
+        else:
+            without.update(batch(number), 1e-3)
+    assert torch.equal(expected.parameters.weights.encoder, without.parameters.weights.encoder)
+
+
+def test_a_captured_update_reads_every_new_batch_number_and_rate():
+    """A graph repeats what was launched with the tensors of its capture: here the update with the host's values of that time."""
+    expected, replayed = learner(TOPK["lazy auxk"], DENSE), learner(TOPK["lazy auxk"], DENSE)
+    on_device = replayed._on_device
+    assert on_device is not None
+    on_device._warm = 0
+
+    def captured(centred: torch.Tensor, room: int) -> SimpleNamespace:
+        return SimpleNamespace(replay=lambda: on_device._run(centred, room))
+
+    with patch.object(on_device, "_captured", captured):
+        for number in range(10):
+            for each in (expected, replayed):
+                each.update(batch(number), 1e-3 / (1 + number))
+    assert on_device._graph is not None
+    assert torch.equal(expected.parameters.weights.encoder, replayed.parameters.weights.encoder)
 
 
 def test_a_loss_that_is_not_finite_stops_the_updates_and_is_raised_when_measured():

@@ -138,9 +138,9 @@ class DeviceUpdate:
 
     def _captured(self, centred: Tensor, room: int) -> Any:
         """Return a graph of the update; None if it cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
-        pool = _POOLS.setdefault(centred.device, torch.cuda.graph_pool_handle())
         try:
+            graph = torch.cuda.CUDAGraph()
+            pool = _POOLS.setdefault(centred.device, torch.cuda.graph_pool_handle())
             # Other threads may use the GPU meanwhile, for example to harvest.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._run(centred, room)
