@@ -131,7 +131,7 @@ def test_growth_and_codes_on_another_device_mix_no_devices(tmp_path: Path, pursu
     data, settings = source(tokens=TOKENS // 4), growth(pursuit=pursuit, size=60, holdout=0.2, add=add)
     here = grow({tmp_path / "here": settings}, data, origin=ORIGIN)[tmp_path / "here"]
     with other_device() as device:
-        there = grow({tmp_path / "there": settings}, data, origin=ORIGIN, device=device)[tmp_path / "there"].to(device)
+        there = grow({tmp_path / "there": settings}, data, origin=ORIGIN, device=device)[tmp_path / "there"]
         codes = [part.cpu() for part in there.encode(cloud(30, seed=500).to(device))]
         assert there.backend.half and there.size > 20
     loaded = Dictionary.load(tmp_path / "there")

@@ -170,7 +170,8 @@ def _print_sae(folder: Path, sae: "SAE") -> None:
 class ItdaCommand(Command):
     """Grow ITDA dictionaries, whose atoms are stored activations.
 
-    Given again, the command resumes. Under torchrun processes grow a dictionary together.
+    A tenth of the training prompts never become atoms: how well their tokens are explained predicts it for new images. Given
+    again, the command resumes. Under torchrun processes grow a dictionary together.
     """
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]

@@ -78,7 +78,8 @@ class GrowthConfig:
     patience: int = 200_000
     """Growth ends after this many tokens without a new atom."""
     holdout: float = 0.1
-    """The share of prompts whose tokens never become atoms; how well they are explained predicts it for new images."""
+    """The share of the training prompts whose tokens never become atoms, so that how well they are explained predicts it for
+    new images. The published code lets every prompt become atoms: 0 does the same, and predicts nothing."""
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 < self.threshold < 1:
@@ -99,8 +100,9 @@ class GrowthConfig:
 def paper_config() -> GrowthConfig:
     """Return the settings of arXiv 2505.24360: gradient pursuit, k 64, inputs centred and divided by their standard deviation.
 
-    There are three deliberate differences: the threshold is a share of each vector's squared norm (theirs: of the batch's mean),
-    statistics come from at least 10 x width vectors (theirs: one batch), and no near-duplicates enter within a batch.
+    There are four deliberate differences: the threshold is a share of each vector's squared norm (theirs: of the batch's mean),
+    statistics come from at least 10 x width vectors (theirs: one batch), no near-duplicates enter within a batch, and a tenth of
+    the prompts never become atoms (`holdout`).
     """
     return GrowthConfig(k=64, size=64_000, threshold=0.6, pursuit="gradient", normalisation="standardise")
 

@@ -147,7 +147,7 @@ class GradientRule(PursuitRule):
         if not self.signed:
             # Cut at zero; the weights before are never negative.
             amounts = torch.maximum(amounts, -state.weights[:, slots])
-        state.weights[:, slots] += amounts
+        state.weights[:, slots].add_(amounts)
         gain = (amounts * (2 * gradient - _matvec(gram, amounts))).sum(1)
         state.residual_energy = state.residual_energy - gain
         return Codes(amounts, support)
@@ -166,7 +166,7 @@ class MatchingRule(PursuitRule):
         amounts = best.correlations if self.signed else best.correlations.clamp_min(0)
         amounts = torch.where(state.active, amounts, 0)
         earlier = (state.support[:, :slot] == best.atoms[:, None]) & state.is_new[:, :slot]
-        state.weights[:, :slot] += earlier * amounts[:, None]
+        state.weights[:, :slot].add_(earlier * amounts[:, None])
         state.weights[:, slot] = torch.where(state.is_new[:, slot], amounts, 0)
         state.residual_energy = state.residual_energy - amounts.square()
         return Codes(amounts[:, None], state.support[:, slot : slot + 1])
@@ -193,7 +193,7 @@ class OrthogonalRule(PursuitRule):
         amount = torch.where(independent, best.correlations / length, 0)
         state.inverse_cholesky[:, slot, : slot + 1] = direction
         amounts = amount[:, None] * direction
-        state.weights[:, : slot + 1] += amounts
+        state.weights[:, : slot + 1].add_(amounts)
         state.residual_energy = state.residual_energy - amount.square()
         return Codes(amounts, state.support[:, : slot + 1])
 

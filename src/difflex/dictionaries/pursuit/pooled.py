@@ -137,8 +137,8 @@ class PooledCorrelations(Correlations):
     def update(self, change: Codes) -> None:
         slots = slice(self._slot + 1 - change.values.shape[1], self._slot + 1)
         rows = slice(0, self._pool.atoms + self._slot + 1)
-        self._weights[:, slots] += change.values
-        self._scores[:, rows] -= torch.bmm(self._products[:, rows, slots], change.values[:, :, None])[:, :, 0]
+        self._weights[:, slots].add_(change.values)
+        self._scores[:, rows].sub_(torch.bmm(self._products[:, rows, slots], change.values[:, :, None])[:, :, 0])
         self._slot += 1
 
     def select(self, rows: Tensor) -> None:
