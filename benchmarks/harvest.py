@@ -36,7 +36,7 @@ SHAPES = ("stars", "rings")
 FLUX = "black-forest-labs/FLUX.1-schnell"
 PROMPTS = [f"{count} {colour} {shape} on grass" for count in ("two", "three") for colour in ("red", "blue") for shape in SHAPES]
 ROUNDS = 9
-BARS = {"reading": 1.03, "middle": 0.45, "double.18": 0.60, "double.0": 0.90, "memory": 1.0, "nnsight": 1.0}
+BARS = {"reading": 1.03, "middle": 0.45, "double.18": 0.60, "double.0": 0.90, "memory": 1.0, "nnsight": 1.0, "sharing": 1.9}
 
 
 def shrunk_flux() -> Pipeline:
@@ -224,6 +224,50 @@ def _next_rate(process: "subprocess.Popen[str]") -> float:
     raise SystemExit("a process to compare with ended early; run it by hand to see why")
 
 
+SHARE = """
+import json, sys, time
+from functools import partial
+import torch
+import difflex
+from difflex.distributed import Ranks
+from difflex.store import RecordingConfig, record
+torch.set_num_threads(1)
+ranks = Ranks.from_torchrun()
+pipe = difflex.load("mini-flux", device="cpu")
+shots = list(pipe.shots([f"{number} red stars on grass" for number in range(int(sys.argv[2]))], steps=1))
+config = RecordingConfig(batch=16, shard_bytes=0, rank=ranks.rank, world_size=ranks.world_size, progress=False)
+if ranks.world_size > 1:
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+clock, core = time.perf_counter(), time.process_time()
+record(sys.argv[1], shots, ["double.1", "single.0"], partial(pipe.harvest, progress=False), config)
+print("took", json.dumps([time.perf_counter() - clock, time.process_time() - core]), flush=True)
+"""
+
+
+def sharing(shots: int = 512, rounds: int = 3) -> tuple[float, float]:
+    """Return how many times as fast two processes of torchrun are as one, by the clock and by the time of a core.
+
+    All have one thread, and times are without loading the model. By the time of a core, other programs matter little.
+    """
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    ratios: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "share.py"
+        script.write_text(SHARE)
+        for number in range(rounds):
+            times: dict[int, list[list[float]]] = {}
+            for processes in (1, 2) if number % 2 else (2, 1):
+                words = [*launch, str(processes), str(script), f"{folder}/{number}-{processes}", str(shots)]
+                output = subprocess.run(words, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+                times[processes] = [json.loads(line[5:]) for line in output.splitlines() if line.startswith("took ")]
+                assert len(times[processes]) == processes
+            one, two = ([max(each) for each in zip(*times[processes], strict=True)] for processes in (1, 2))
+            ratios.append((one[0] / two[0], one[1] / two[1]))
+    clock, core = (statistics.median(each) for each in zip(*ratios, strict=True))
+    return clock, core
+
+
 @contextmanager
 def section(name: str) -> Iterator[None]:
     start = time.perf_counter()
@@ -252,6 +296,10 @@ def main() -> int:
         lines.append(("FLUX.1 shrunk, reading double.18: time over no hook", cost, BARS["reading"], cost <= BARS["reading"]))
         for site, saved in stopping(flux, ["double.0", "double.18"], 1, (256, 256), 3).items():
             lines.append((f"FLUX.1 shrunk, stopping after {site}: saved", saved, BARS[site], saved >= BARS[site]))
+    with section("two processes"):
+        clock, core = sharing()
+        print(f"  two processes over one: {clock:.2f} times as fast by the clock")
+        lines.append(("two processes over one, by the time of a core", core, BARS["sharing"], core >= BARS["sharing"]))
     if Path(peer).exists():
         with section("nnsight"):
             rates = against_nnsight(peer, embedded()["mini-flux"])
