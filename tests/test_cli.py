@@ -209,7 +209,7 @@ def test_commands_that_load_a_model_pass_on_their_flags(verb: str, monkeypatch: 
     assert isinstance(command, ModelCommand)
     with pytest.raises(BadInput, match="enough"):
         command.load()
-    how = {"precision": "nf4", "revision": "abc", "untrained": 3, "offload": True, "offline": False}
+    how = {"precision": "nf4", "revision": "abc", "untrained": 3, "offload": True, "offline": False, "text_length": None}
     assert asked == [{"name": "OWNER/NAME", **how}]
 
 

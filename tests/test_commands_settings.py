@@ -21,7 +21,7 @@ from difflex.testing import tiny_folder
 PLACE = "double.1/topk-32-k2"
 WORDS = {
     "evaluate": ["--effect-shots", "1"],
-    "concepts": ["--images", "200"],
+    "concepts": ["--images", "200", "--pixels", "64"],
     "collect": [],
     "steer": ["1", "--strength", "1"],
     "icon": ["1"],
@@ -31,6 +31,8 @@ WORDS = {
     "findings": ["--site", "double.1"],
 }
 """What each verb needs to come as far as the model."""
+JUDGED = ("steer-eval", "removal", "findings")
+"""The verbs whose images the judge of the drawn world reads, which are of one size."""
 
 
 class ModelLoaded(BaseException):
@@ -89,9 +91,10 @@ def test_the_model_is_loaded_with_the_settings_of_the_study_and_flags_override(
     verb: str, study: Path, loaded: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ):
     precision: Precision = "fp32" if verb in ("evaluate", "collect") else "nf4"  # these repeat stored shots, of the harvest
-    keep(study, precision=precision, offload=True, pixels=(16, 24), steps=3, guidance=0.5)
+    pixels = (64, 64) if verb in JUDGED else (16, 24)
+    harvest = {"precision": precision, "offload": True, "pixels": pixels, "steps": 3, "guidance": 0.5}
+    keep(study, **harvest)
     run(verb, study)
-    harvest = {"precision": precision, "offload": True, "pixels": (16, 24), "steps": 3, "guidance": 0.5}
     assert harvest.items() <= loaded.items()
     run(verb, study, "--precision", "bf16", "--no-offload", "--offline")
     assert {**harvest, "precision": "bf16", "offload": False, "offline": True}.items() <= loaded.items()
@@ -99,13 +102,24 @@ def test_the_model_is_loaded_with_the_settings_of_the_study_and_flags_override(
         capsys.readouterr()
         run(verb, study, "--pixels", "64", "--steps", "2", "--guidance", "1")
         assert {**harvest, "pixels": (64, 64), "steps": 2, "guidance": 1.0}.items() <= loaded.items()
-        assert "Images are of 64x64 pixels; the study was harvested at 16x24." in capsys.readouterr().out
+        note = "Images are of 64x64 pixels; the study was harvested at 16x24."
+        assert (note in capsys.readouterr().out) == (verb not in JUDGED)
 
 
 def test_a_study_without_settings_takes_those_of_its_first_shot(study: Path, loaded: dict[str, Any]):
     keep(study)
     run("icon", study)
     assert {"precision": "fp32", "offload": False, "pixels": (16, 24), "steps": 3, "guidance": 0.5}.items() <= loaded.items()
+
+
+@pytest.mark.parametrize("verb", JUDGED)
+def test_images_that_the_judge_of_the_drawn_world_does_not_read_are_refused_before_the_model_is_loaded(
+    verb: str, study: Path, loaded: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    keep(study, precision="fp32", pixels=(16, 24))
+    assert main([verb, str(study), *WORDS[verb]]) == 2 and not loaded
+    assert "reads images of 64x64 pixels, and here they are of 16x24. Give --pixels 64." in capsys.readouterr().err
+    run(verb, study, "--pixels", "64")
 
 
 def test_offload_and_no_offload_together_are_refused(study: Path, capsys: pytest.CaptureFixture[str]):

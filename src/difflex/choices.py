@@ -8,7 +8,6 @@ __all__ = [
     "NormalisationMethod",
     "Operation",
     "Precision",
-    "PrecisionChoice",
     "ProtocolName",
     "PursuitName",
     "SAEKind",
@@ -18,8 +17,6 @@ __all__ = [
 
 Precision = Literal["bf16", "fp16", "fp32", "nf4"]
 """How a model's weights are held; nf4 is four bits."""
-PrecisionChoice = Literal[Precision, "auto"]
-"""A precision, or `auto` for the first of bf16, bf16 with offload and nf4 that fits; fp32 on a CPU."""
 StoredDtype = Literal["bf16", "fp16", "int8"]
 """How activations are stored."""
 NormalisationMethod = Literal["whiten", "standardise", "scale", "none"]

@@ -97,6 +97,7 @@ class SteerEvalCommand(StudyImagesCommand, VLMCommand):
         if self.concepts is None:
             if self.clip or self.vlm:
                 raise BadInput("The drawn world has its own judge. --clip and --vlm judge the concepts of --concepts FILE.")
+            _check_judged(study)
             yield DRAWN_WORLD
             return
         concepts = read_concepts(self.concepts)
@@ -164,6 +165,7 @@ class RemovalCommand(StudyImagesCommand):
             edit_steps=first_and_end(self.edit_steps),
         )
         study = open_study(self.study, self)
+        _check_judged(study)
         model = cache(lambda: _model_functions(load_study_model(study, self)))
         outcomes = removal.remove_concepts(study, self.dictionary, config, model, partial(print, flush=True))
         for _, results, is_reused in outcomes:
@@ -209,6 +211,7 @@ class FindingsCommand(StudyImagesCommand):
             strengths=tuple(sorted(set(self.strength))),
         )
         study = open_study(self.study, self)
+        _check_judged(study)
         check_output(study.findings(Site("site")))
         pipe = load_study_model(study, self)
         site = None if self.site is None else pipe.site(self.site)
@@ -217,6 +220,18 @@ class FindingsCommand(StudyImagesCommand):
         for finding in results.findings:
             print(f"{finding.verdict:<19}{finding.claim}\n{'':<19}{finding.reason}")
         return [path]
+
+
+def _check_judged(study: Study) -> None:
+    """Raise an error if the judge of the drawn world does not read images of the size at which the model of a study runs."""
+    from difflex.miniature.world import PIXELS
+
+    height, width = study.settings.pixels or (PIXELS, PIXELS)
+    if (height, width) != (PIXELS, PIXELS):
+        raise BadInput(
+            f"The judge of the drawn world reads images of {PIXELS}x{PIXELS} pixels, and here they are of {height}x{width}. Give "
+            f"--pixels {PIXELS}."
+        )
 
 
 def _model_functions(pipe: "Pipeline") -> "ModelFunctions":

@@ -4,16 +4,17 @@ Every number is checked where flags are parsed: it is finite and in the range of
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from difflex.choices import PrecisionChoice
+from difflex.choices import Precision
 from difflex.errors import BadInput
 from difflex.study import Command, Study
 
@@ -204,6 +205,8 @@ SHARE = real(0.0, 1.0)
 RANGE = _flag(_range, "START:END", lambda value: f"{value.start}:{value.stop}")
 STRENGTHS = _flag(_strengths, "FIRST:LAST:STEP", _with_commas)
 
+PrecisionChoice = Literal[Precision, "auto"]
+"""A precision, or `auto`: what fits into the memory of the GPU, or fp32 on a CPU."""
 Seeds = Annotated[range, RANGE, arg(aliases=["--seed"])]
 """Whole numbers from START up to but not END, as in Python; one number, also as `--seed N`, is that number alone."""
 StepRange = Annotated[range | None, RANGE]
@@ -223,6 +226,13 @@ Bytes = Annotated[int | None, _flag(_bytes, "SIZE", str)]
 """A size on disk."""
 Prices = Annotated[tuple[float, float] | None, _flag(_prices, "IN,OUT", _with_commas)]
 """The price of a million tokens, in and out."""
+
+
+def located(name: str) -> str:
+    """Return the absolute path of a file or folder, so that it is found from anywhere, and any other name as it is."""
+    from difflex.pipeline import embedded
+
+    return os.path.abspath(name) if name not in embedded() and os.path.exists(name) else name
 
 
 @dataclass(frozen=True, kw_only=True)
