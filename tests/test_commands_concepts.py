@@ -10,11 +10,11 @@ from PIL import Image
 from difflex import devices
 from difflex.cli import main
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
-from difflex.evaluation.concepts import Concept, drawn_concepts, drawn_images
+from difflex.evaluation.concepts import Concept, drawn_concepts, drawn_images, drawn_source
 from difflex.evaluation.concepts.results import ConceptMatches
 from difflex.miniature import draw
 from difflex.records import Site
-from difflex.study import Study
+from difflex.study import Study, StudySettings
 
 SITE = Site("double.0")
 FEW = ["--images", "160", "--noise", "0.25"]
@@ -49,7 +49,20 @@ def test_images_whose_activations_do_not_fit_into_memory_are_refused(
 ):
     monkeypatch.setattr(devices, "free_memory", lambda device: 10**9)
     assert main(["concepts", str(study.folder), "--images", "1000000", "--batch", "2"]) == 2
-    assert "1,000,000 images at 3 noise levels at double.0:neurons take 589.8 GB of memory" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "The labels and codes of 1,000,000 images at 3 noise levels at double.0:neurons take 59.9 GB of memory" in error
+
+
+def test_the_drawn_world_is_drawn_at_the_size_of_the_study(study: Study, capsys: pytest.CaptureFixture[str]):
+    [small], [large] = drawn_images(1), drawn_images(1, pixels=128)
+    assert large.image.size == (128, 128) and large.prompt == small.prompt
+    torch.testing.assert_close(large.shares(8, 8), small.shares(8, 8), atol=0.2, rtol=0)
+    assert drawn_source(4).name in drawn_source(4, (256, 256)).name != drawn_source(4).name
+    study.keep_settings(StudySettings(pixels=(96, 64)))
+    assert main(["concepts", str(study.folder), *FEW]) == 2
+    assert "The drawn world has no images of 96 x 64 pixels" in capsys.readouterr().err
+    assert main(["collect", str(study.folder), "--drawn-world", "--images", "3"]) == 2
+    assert "The drawn world has no images of 96 x 64 pixels" in capsys.readouterr().err
 
 
 def test_dictionaries_and_baselines_are_matched_once_and_again_after_a_change(study: Study, capsys: pytest.CaptureFixture[str]):

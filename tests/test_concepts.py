@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,16 @@ from difflex.evaluation.concepts.detection import (
     split_features,
     unrelated_concepts,
 )
-from difflex.evaluation.concepts.labels import LabelledActivations, LabelledImage, token_labels
-from difflex.evaluation.concepts.matching import FeatureMethod, linear_probe, principal_axes, random_directions
+from difflex.evaluation.concepts.labels import (
+    TOKEN_FIELDS,
+    LabelledActivations,
+    LabelledImage,
+    LabelledSource,
+    LabelledStream,
+    token_labels,
+)
+from difflex.evaluation.concepts.matching import FeatureMethod, principal_axes, random_directions
+from difflex.evaluation.concepts.probe import linear_probe
 from difflex.evaluation.concepts.results import ConceptMatches, MatchingConfig, MatchInputs, matches_table
 from difflex.evaluation.concepts.sources import grid_shares
 from difflex.records import Activations, Codes, Shot, Site
@@ -305,6 +314,32 @@ def test_activations_without_a_grid_nan_and_repeated_names_are_refused():
         label([], harvesting(), CONCEPTS[:2])
     with pytest.raises(BadInput, match="Two images are called 'p0'"):
         label(images(1) * 2, harvesting(), CONCEPTS[:2])
+
+
+def test_a_stream_that_is_not_kept_gives_the_same_matches_as_activations_in_memory(monkeypatch: pytest.MonkeyPatch):
+    labelled, config = planted(), MatchingConfig(bootstrap_samples=5)
+    readings = []
+
+    def harvest() -> Iterator[LabelledActivations]:
+        readings.append(1)
+        for part in torch.arange(TOKENS).split(700):
+            columns = {name: getattr(labelled, name)[part] for name in TOKEN_FIELDS}
+            yield replace(labelled, truth=labelled.truth[:, part], **columns)
+
+    def methods(source: LabelledSource) -> Iterator[FeatureMethod]:
+        yield coordinates(labelled)
+        yield from (make(source, k=2) for make in (principal_axes, partial(random_directions, size=20)))
+
+    expected = match(labelled, methods(labelled), config)
+    for room, method_bytes, most in ((10**9, 0, 1), (0, 10**9, 4), (0, 0, 6)):
+        readings.clear()
+        monkeypatch.setattr("difflex.evaluation.concepts.matching.METHOD_BYTES", method_bytes)
+        stream = LabelledStream(harvest, room)
+        assert stream.is_kept == bool(room) and stream.width == 8
+        assert match(stream, methods(stream), config) == expected
+        assert len(readings) == most
+    with pytest.raises(BadInput, match="No image was given"):
+        _ = LabelledStream(lambda: iter(()), 0).labels
 
 
 def test_rare_concepts_are_left_out_and_too_few_images_refused():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, final
+from typing import TYPE_CHECKING, Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -29,6 +29,9 @@ from difflex.errors import BadInput, OutOfMemory
 from difflex.images import check_output
 from difflex.records import Activations, Shot, Site
 from difflex.study import Study
+
+if TYPE_CHECKING:
+    from difflex.evaluation.concepts import ConceptsConfig
 
 
 @final
@@ -133,7 +136,7 @@ class ConceptsCommand(StudyModelCommand):
                     return None
                 if pixels is not None:
                     ks = [read_config(study.dictionary(*ref)).k for ref in study.dictionaries()]
-                    _check_memory(pipe(), site, pixels, (self.images, len(self.noise), len(images.concepts)), ks)
+                    _check_memory(pipe(), site, replace(config, pixels=pixels), len(images.concepts), ks)
                 return lambda images, prompts, names: pipe().harvest_images(
                     images, self.noise, site, prompts, names, batch=self.batch
                 )
@@ -154,21 +157,17 @@ class ConceptsCommand(StudyModelCommand):
         return [method.path for method in stored]
 
 
-def _check_memory(
-    pipe: "difflex.Pipeline", site: Site, pixels: tuple[int, int], counts: tuple[int, int, int], ks: Sequence[int]
-) -> None:
-    """Raise an error if matching at a site does not fit into memory; `counts` are of images, noise levels and concepts."""
+def _check_memory(pipe: "difflex.Pipeline", site: Site, config: "ConceptsConfig", concepts: int, ks: Sequence[int]) -> None:
+    """Raise an error if matching at a site does not fit into memory, before an image is drawn."""
     from difflex.devices import free_memory
-    from difflex.evaluation.concepts.results import streaming_bytes
 
-    [row, *_] = pipe.sites(str(replace(site, kind="residual")), pixels)
+    [row, *_] = pipe.sites(str(replace(site, kind="residual")), config.pixels)
     width = (row.neurons or row.width) if site.kind == "neurons" else row.width
-    images, levels, concepts = counts
-    need, free = streaming_bytes(images * levels * row.tokens, width, concepts, ks), free_memory("cpu")
+    need, free = config.streaming_bytes(row.tokens, width, concepts, ks), free_memory("cpu")
     if need > free:
         raise OutOfMemory(
-            f"The labels and codes of {images:,} images at {levels} noise levels at {site} take {need / 1e9:,.1f} GB of memory, "
-            f"and {free / 1e9:,.1f} GB are free. Ask for fewer --images or --noise levels."
+            f"The labels and codes of {config.images:,} images at {len(config.noise)} noise levels at {site} take "
+            f"{need / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free. Ask for fewer --images or --noise levels."
         )
 
 

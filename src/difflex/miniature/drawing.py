@@ -12,7 +12,17 @@ from torch import Tensor
 
 from difflex.errors import UnknownName
 from difflex.miniature.captions import write_captions
-from difflex.miniature.world import CONCEPTS, OBJECT_GROUPS, PIXELS, SLOTS, STYLES, SceneMix, SceneSpecs, scenes
+from difflex.miniature.world import (
+    CONCEPTS,
+    OBJECT_GROUPS,
+    PIXELS,
+    SLOTS,
+    STYLES,
+    SceneMix,
+    SceneSpecs,
+    check_drawn_pixels,
+    scenes,
+)
 
 PALETTE = torch.tensor(
     [
@@ -94,23 +104,30 @@ def concept_index(concept: str) -> tuple[str, int]:
     raise UnknownName.among("the concept", concept, [name for names in CONCEPTS.values() for name in names])
 
 
-def draw(seeds: Iterable[int] | Int[Tensor, " scene"], mix: SceneMix = SceneMix(), held_out: bool = False) -> Scenes:  # noqa: B008 (a constant)
-    """Draw the scenes of these seeds."""
+def draw(
+    seeds: Iterable[int] | Int[Tensor, " scene"],
+    mix: SceneMix = SceneMix(),  # noqa: B008 (a constant)
+    held_out: bool = False,
+    pixels: int = PIXELS,
+) -> Scenes:
+    """Draw the scenes of these seeds; larger ones than of 64 pixels show the same at a higher resolution."""
+    check_drawn_pixels((pixels, pixels))
+    scale = pixels // PIXELS
     specs = scenes(seeds if isinstance(seeds, Tensor) else torch.tensor(list(seeds)), mix, held_out)
     exists = torch.arange(SLOTS, device=specs.seed.device) < specs.count[:, None]
     scene, slot = exists.nonzero(as_tuple=True)
     style = specs.style[scene]
-    local = _local_frame(specs, scene, slot)
+    local = _local_frame(specs, scene, slot, pixels)
     distance = _distances(specs.shape[scene, slot], local) * specs.radius[scene, slot][:, None, None]
     painted = _paint(specs, scene, slot, style, local, distance)
-    alpha = (0.5 - distance).clamp(0, 1)[:, None]
-    image = _background(specs)
+    alpha = (0.5 - distance * scale).clamp(0, 1)[:, None]
+    image = _background(specs, pixels)
     coarse = style == STYLES.index("pixelated")
-    painted[coarse], alpha[coarse] = _blocks(painted[coarse], BLOCKS[1]), _blocks(alpha[coarse], BLOCKS[1])
+    painted[coarse], alpha[coarse] = (_blocks(part[coarse], BLOCKS[1] * scale) for part in (painted, alpha))
     coarse = specs.style == STYLES.index("pixelated")
-    image[coarse] = _blocks(image[coarse], BLOCKS[0])
+    image[coarse] = _blocks(image[coarse], BLOCKS[0] * scale)
 
-    slots = torch.full((len(image), PIXELS, PIXELS), -1, device=image.device)
+    slots = torch.full((len(image), pixels, pixels), -1, device=image.device)
     for number in range(SLOTS):
         objects = slot == number
         target = scene[objects]
@@ -119,15 +136,15 @@ def draw(seeds: Iterable[int] | Int[Tensor, " scene"], mix: SceneMix = SceneMix(
     return Scenes(specs, image.clamp_(0, 1), slots)
 
 
-def _grid(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return x and y of the pixel centres."""
-    centres = torch.arange(PIXELS, device=device) + 0.5
-    return centres.expand(PIXELS, PIXELS), centres[:, None].expand(PIXELS, PIXELS)
+def _grid(device: torch.device, pixels: int) -> tuple[Tensor, Tensor]:
+    """Return x and y of the centres of `pixels` along each side, in a world of 64 units."""
+    centres = (torch.arange(pixels, device=device) + 0.5) * (PIXELS / pixels)
+    return centres.expand(pixels, pixels), centres[:, None].expand(pixels, pixels)
 
 
-def _local_frame(specs: SceneSpecs, scene: Tensor, slot: Tensor) -> Float[Tensor, "2 object height width"]:
+def _local_frame(specs: SceneSpecs, scene: Tensor, slot: Tensor, pixels: int) -> Float[Tensor, "2 object height width"]:
     """Return pixel positions relative to each object's centre, in units of its radius; distorted in watercolours."""
-    x, y = _grid(specs.seed.device)
+    x, y = _grid(specs.seed.device, pixels)
     centre = specs.centre[scene, slot]
     dx, dy = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
     wet = (specs.style[scene] == STYLES.index("watercolor")).float()[:, None, None]
@@ -224,13 +241,13 @@ def _soft(wave: Tensor) -> Tensor:
 def _pigment(body: Tensor, phase: Tensor, distance: Tensor) -> Tensor:
     """Make a watercolour: lighter, blotchy, darker at the edge where the pigment dries."""
     thin = body * 0.72 + 0.26
-    blot = _blotches(phase)[:, None] * 0.14
+    blot = _blotches(phase, body.shape[-1])[:, None] * 0.14
     rim = torch.exp(-(((distance + 1.2) / 1.1) ** 2))[:, None] * 0.30
     return thin * (1 - rim) + blot
 
 
-def _blotches(phase: Tensor) -> Tensor:
-    x, y = _grid(phase.device)
+def _blotches(phase: Tensor, pixels: int) -> Tensor:
+    x, y = _grid(phase.device, pixels)
     turn = phase * math.tau
     first, second = (
         torch.sin(x * fx + y * fy + turn[:, i, None, None]) for i, (fx, fy) in enumerate(((0.21, 0.13), (-0.12, 0.24)))
@@ -238,22 +255,22 @@ def _blotches(phase: Tensor) -> Tensor:
     return first * second
 
 
-def _background(specs: SceneSpecs) -> Tensor:
-    amount = _ground_pattern(specs)[:, None]
+def _background(specs: SceneSpecs, pixels: int) -> Tensor:
+    amount = _ground_pattern(specs, pixels)[:, None]
     style = specs.style[:, None, None, None]
     amount = torch.where(style == 1, (amount * 1.7).clamp(0, 1), amount)
     first, second = GROUNDS.to(specs.seed.device)[specs.background].unbind(1)
     ground = torch.lerp(first[:, :, None, None], second[:, :, None, None], amount)
-    wash = (ground * 0.62 + 0.34) + _blotches(specs.phase[:, 2:])[:, None] * 0.13
+    wash = (ground * 0.62 + 0.34) + _blotches(specs.phase[:, 2:], pixels)[:, None] * 0.13
     return torch.where(style == 2, wash, ground)
 
 
-def _ground_pattern(specs: SceneSpecs) -> Tensor:
+def _ground_pattern(specs: SceneSpecs, pixels: int) -> Tensor:
     """Return the share (0..1) of the background's second colour at each pixel."""
-    x, y = _grid(specs.seed.device)
+    x, y = _grid(specs.seed.device, pixels)
     phase = specs.phase[:, :, None, None]
     turn = phase * math.tau
-    amount = torch.zeros(len(specs.seed), PIXELS, PIXELS, device=x.device)
+    amount = torch.zeros(len(specs.seed), pixels, pixels, device=x.device)
 
     def put(background: int, pattern: Callable[[Tensor, Tensor], Tensor]) -> None:
         selected = specs.background == background

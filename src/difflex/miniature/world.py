@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from difflex.errors import BadInput
+
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
 TEXTURES = ("plain", "striped", "dotted", "checkered", "shiny")
@@ -189,3 +191,12 @@ def _signed(x: int) -> int:
 
 def _shift_right(x: Tensor, by: int) -> Tensor:
     return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def check_drawn_pixels(pixels: tuple[int, int]) -> None:
+    """Raise an error unless scenes can be drawn at this size."""
+    if pixels[0] != pixels[1] or pixels[0] < PIXELS or pixels[0] % PIXELS:
+        raise BadInput(
+            f"The drawn world has no images of {pixels[0]} x {pixels[1]} pixels: they are square, of a multiple of {PIXELS}. "
+            f"Name such a size, as {max(1, round(min(pixels) / PIXELS)) * PIXELS}, or images of your own in a folder."
+        )

@@ -19,8 +19,6 @@ from difflex.records import Codes
 
 BLOCK = 1 << 22
 """Maximum number of (concept, feature, firing) entries in a block, so that it fits the processor's cache."""
-CHUNK = 8192
-"""Tokens encoded at once."""
 CLEAN = 0.8
 """Precision from which a feature counts as clean: it fires for a concept and little else."""
 HALF = 0.5
@@ -40,18 +38,6 @@ class FeatureFirings:
         """Take the firings of `len(counts)` features at `token_count` tokens; `counts` holds the number of pairs per feature."""
         self.tokens, self.values, self.counts, self.token_count = tokens, values, counts, token_count
         self.starts = counts.cumsum(0) - counts
-
-    @classmethod
-    def of(cls, encode: Callable[[Tensor], Codes], values: Float[Tensor, "token width"], size: int) -> FeatureFirings:
-        """Return where the `size` features of `encode` fire at the activations `values`."""
-        tokens, features, strengths = [], [], []
-        for start in range(0, len(values), CHUNK):
-            codes = encode(values[start : start + CHUNK])
-            token, slot = (codes.values > 0).nonzero(as_tuple=True)
-            tokens.append(token.cpu() + start)
-            features.append(codes.indices[token, slot].cpu())
-            strengths.append(codes.values[token, slot].float().cpu())
-        return cls.from_pairs(torch.cat(tokens), torch.cat(features), torch.cat(strengths), size, len(values))
 
     @classmethod
     def from_pairs(cls, tokens: Tensor, features: Tensor, values: Tensor, size: int, token_count: int) -> FeatureFirings:
@@ -86,7 +72,7 @@ class FeatureFirings:
     def fires(self, feature: int, threshold: Tensor) -> Bool[Tensor, " token"]:
         """Return the tokens at which `feature` fires at `threshold` or above."""
         tokens, values = self.of_feature(feature)
-        return torch.zeros(self.token_count, dtype=torch.bool).index_fill_(0, tokens[values >= threshold], True)
+        return torch.zeros(self.token_count, dtype=torch.bool).index_fill_(0, tokens[values >= threshold].long(), True)
 
     def select(self, mask: Bool[Tensor, " token"]) -> FeatureFirings:
         """Return the firings at the tokens in `mask`, renumbered."""
@@ -94,7 +80,7 @@ class FeatureFirings:
         features = torch.repeat_interleave(torch.arange(self.size), self.counts)[pairs]
         numbers = mask.cumsum(0) - 1
         counts = torch.bincount(features, minlength=self.size)
-        return FeatureFirings(numbers[self.tokens[pairs]], self.values[pairs], counts, int(mask.sum()))
+        return FeatureFirings(numbers[self.tokens[pairs]].to(self.tokens.dtype), self.values[pairs], counts, int(mask.sum()))
 
     def blocks(self, concepts: int) -> Iterator[FiringBlock]:
         """Yield the firings of all features that fire as rectangles: features of similar counts together, shorter ones padded."""
@@ -108,6 +94,31 @@ class FeatureFirings:
             pairs = torch.where(valid, self.starts[features, None] + positions, 0)
             tokens = torch.where(valid, self.tokens[pairs], self.token_count)
             yield FiringBlock(features, tokens, torch.where(valid, self.values[pairs], 0.0))
+
+
+@final
+class FiringRecorder:
+    """Records where the features of a method fire, at activations that come part by part."""
+
+    def __init__(self, encode: Callable[[Tensor], Codes], size: int) -> None:
+        self._encode, self._size = encode, size
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._tokens = 0
+
+    def add(self, x: Float[Tensor, "token width"]) -> None:
+        """Add the firings at the next activations."""
+        codes = self._encode(x)
+        token, slot = (codes.values > 0).nonzero(as_tuple=True)
+        features, values = codes.indices[token, slot].int(), codes.values[token, slot].float()
+        self._parts.append((token.int().cpu() + self._tokens, features.cpu(), values.cpu()))
+        self._tokens += len(x)
+
+    def firings(self) -> FeatureFirings:
+        """Return all firings; the recorder forgets them."""
+        columns = [list(column) for column in zip(*self._parts, strict=True)]
+        self._parts.clear()
+        tokens, features, values = (torch.cat(columns.pop(0)) for _ in range(3))
+        return FeatureFirings.from_pairs(tokens, features, values, self._size, self._tokens)
 
 
 class FiringBlock(NamedTuple):

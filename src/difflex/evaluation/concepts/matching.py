@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple, final
 
 import torch
@@ -16,6 +17,7 @@ from difflex.errors import BadInput
 from difflex.evaluation.concepts.detection import (
     DetectionScores,
     FeatureFirings,
+    FiringRecorder,
     above_chance,
     absorbing_features,
     average_precision,
@@ -25,7 +27,8 @@ from difflex.evaluation.concepts.detection import (
     split_features,
     unrelated_concepts,
 )
-from difflex.evaluation.concepts.labels import LabelledActivations
+from difflex.evaluation.concepts.labels import LabelledSource, TokenLabels
+from difflex.evaluation.concepts.probe import LinearProbe, probe_tokens
 from difflex.evaluation.concepts.results import (
     DETECTED,
     FINDABLE,
@@ -39,9 +42,13 @@ from difflex.evaluation.concepts.results import (
 )
 from difflex.records import Codes, Site
 
-PROBE_TOKENS = 32_768
-"""Maximum number of training tokens of a probe."""
-PROBE_ITERATIONS = 40
+CHUNK = 8192
+"""Tokens encoded at once."""
+METHOD_BYTES = 6 * 2**30
+"""Memory of the methods that activations are harvested again for together."""
+NONE = torch.zeros(0, dtype=torch.int64)
+AXES_AT_ONCE = 4096
+"""Axes whose variances are computed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,31 +63,32 @@ class FeatureMethod:
 
     @classmethod
     def of(cls, dictionary: Dictionary) -> FeatureMethod:
-        """Return `dictionary` as a method; a feature fires where its code is positive."""
-        return cls(site=dictionary.site, label=dictionary.label, size=dictionary.size, encode=dictionary.encode)
+        """Return `dictionary` as a method, which runs where the activations are; a feature fires where its code is positive."""
+        encode = lambda x: dictionary.on(x.device).encode(x)  # noqa: E731
+        return cls(site=dictionary.site, label=dictionary.label, size=dictionary.size, encode=encode)
 
 
-def principal_axes(labelled: LabelledActivations, k: int) -> FeatureMethod:
+def principal_axes(source: LabelledSource, k: int) -> FeatureMethod:
     """Return the principal axes of the training tokens, with one feature for each direction of an axis."""
-    x = labelled.values[~labelled.held_out].double()
-    directions = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0))).eigenvectors.flip(1).T
-    return _axes(labelled, "pca", directions.float(), k)
+    directions = torch.linalg.eigh(source.moments.covariance).eigenvectors.flip(1).T
+    return _axes(source, "pca", directions.float(), k)
 
 
-def random_directions(labelled: LabelledActivations, size: int, k: int, seed: int = 0) -> FeatureMethod:
+def random_directions(source: LabelledSource, size: int, k: int, seed: int = 0) -> FeatureMethod:
     """Return `size` untrained features: both directions of `size / 2` random axes."""
-    axes = torch.randn(size // 2, labelled.values.shape[1], generator=torch.Generator().manual_seed(seed))
-    return _axes(labelled, "random", F.normalize(axes, dim=1), k)
+    axes = torch.randn(size // 2, source.width, generator=torch.Generator().manual_seed(seed))
+    return _axes(source, "random", F.normalize(axes, dim=1), k)
 
 
-def _axes(labelled: LabelledActivations, kind: str, directions: Float[Tensor, "axis width"], k: int) -> FeatureMethod:
+def _axes(source: LabelledSource, kind: str, directions: Float[Tensor, "axis width"], k: int) -> FeatureMethod:
     """Return both directions of some axes; at each token the k axes with the largest z-scores are active."""
-    count = len(directions)
+    count, moments = len(directions), source.moments
     if not 0 < k <= count:
         raise BadInput(f"k {k} does not fit {count} axes: choose k between 1 and {count}.")
-    train = labelled.values[~labelled.held_out]
-    mean = train.mean(0)
-    scaled = directions / ((train - mean) @ directions.T).std(0).clamp_min(1e-30)[:, None]
+    directions = directions.to(moments.mean.device)
+    variances = torch.cat([((part @ moments.covariance) * part).sum(1) for part in directions.double().split(AXES_AT_ONCE)])
+    deviations = (variances.clamp_min(0) * moments.count / max(1, moments.count - 1)).sqrt().float()
+    scaled, mean = directions / deviations.clamp_min(1e-30)[:, None], moments.mean.float()
 
     def encode(x: Float[Tensor, "token width"]) -> Codes:
         z = (x - mean) @ scaled.T
@@ -88,90 +96,100 @@ def _axes(labelled: LabelledActivations, kind: str, directions: Float[Tensor, "a
         values = z.gather(1, axes)
         return Codes(values.abs(), axes + count * (values < 0))
 
-    return FeatureMethod(site=labelled.site, label=f"{kind}-{2 * count}-k{k}", size=2 * count, encode=encode)
-
-
-def linear_probe(labelled: LabelledActivations, *, ridge: float = 1e-4, seed: int = 0) -> Float[Tensor, "concept token"]:
-    """Return the logits of one logistic regression per concept at all tokens, trained on the images that are not held out."""
-    train = (~labelled.held_out).nonzero()[:, 0]
-    if len(train) > PROBE_TOKENS:
-        train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:PROBE_TOKENS]]
-    mean, axes = _whitening(labelled.values[train])
-    weights, bias = _logistic_regression((labelled.values[train] - mean) @ axes, labelled.truth[:, train], ridge)
-    return (((labelled.values - mean) @ (axes @ weights)) + bias).T
-
-
-def _whitening(x: Float[Tensor, "token width"]) -> tuple[Tensor, Tensor]:
-    """Return the mean and axes in which `x` has unit variance in all directions: descent is fast, and ridge treats all alike."""
-    mean = x.double().mean(0)
-    variances, directions = torch.linalg.eigh((x.double() - mean).T @ (x.double() - mean) / len(x))
-    floor = variances.max().clamp_min(1e-30) * 1e-6  # so that nearly constant directions are not amplified to noise
-    return mean.float(), (directions / (variances.clamp_min(0) + floor).sqrt()).float()
-
-
-def _logistic_regression(
-    x: Float[Tensor, "token width"], truth: Int8[Tensor, "concept token"], ridge: float
-) -> tuple[Tensor, Tensor]:
-    """Return weights [width, concept] and bias of one logistic regression per concept, all trained at once."""
-    labelled, target = (truth.T >= 0).float(), (truth.T == 1).float()
-    share = labelled / labelled.sum(0).clamp_min(1)
-    weights = torch.zeros(x.shape[1], len(truth), requires_grad=True)
-    bias = torch.logit((target * share).sum(0).clamp(1e-4, 1 - 1e-4)).requires_grad_()
-    optimiser = torch.optim.LBFGS([weights, bias], max_iter=PROBE_ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        cross_entropy = F.binary_cross_entropy_with_logits(x @ weights + bias, target, weight=share, reduction="sum")
-        loss = cross_entropy + ridge * weights.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimiser.step(closure)
-    return weights.detach(), bias.detach()
+    return FeatureMethod(site=source.labels.site, label=f"{kind}-{2 * count}-k{k}", size=2 * count, encode=encode)
 
 
 def match(
-    labelled: LabelledActivations,
+    source: LabelledSource,
     methods: Iterable[FeatureMethod],
     config: MatchingConfig = MatchingConfig(),  # noqa: B008 (a constant)
 ) -> list[ConceptMatches]:
     """Match the features of each method to concepts, over all noise levels together and, if there are several, at each.
 
-    Features are chosen on training images and measured on held-out ones.
+    Features are chosen on training images and measured on held-out ones. Activations that are in memory are read once for each
+    method; those that are harvested again at each reading, once for as many methods as fit into the memory of their device.
     """
-    frequent = _frequent_concepts(labelled, config.min_images)
-    rare = tuple(concept for i, concept in enumerate(labelled.concepts) if i not in frequent)
-    labelled = replace(labelled, concepts=tuple(labelled.concepts[i] for i in frequent), truth=labelled.truth[frequent])
-    levels = labelled.noise_levels
-    data = [_LevelData(labelled, noise, config) for noise in (None, *(levels if len(levels) > 1 else ()))]
+    labels = source.labels
+    frequent = _frequent_concepts(labels, config.min_images)
+    rare = tuple(concept for i, concept in enumerate(labels.concepts) if i not in frequent)
+    labels = replace(labels, concepts=tuple(labels.concepts[i] for i in frequent), truth=labels.truth[frequent])
+    noise = [None, *(labels.noise_levels if len(labels.noise_levels) > 1 else ())]
+    masks = [torch.ones_like(labels.held_out) if level is None else labels.noise == level for level in noise]
+    fitted = [probe_tokens((mask & ~labels.held_out).nonzero()[:, 0], config.seed) for mask in masks]
+    levels = [_Level(*level) for level in zip(noise, masks, fitted, strict=True)]
+    groups = _groups(methods, source)
+    first = next(groups, [])
+    firings, rows = _read(source, first, torch.cat([level.probe_tokens for level in levels]))
+    data = _level_data(source, labels, levels, rows, config)
     matches = []
-    for method in methods:
-        if method.site != labelled.site:
-            raise BadInput(f"{method.label} is a method for {method.site}, but the labelled activations are of {labelled.site}.")
-        firings = FeatureFirings.of(method.encode, labelled.values, method.size)
-        matchers = [_Matcher(level, firings, config.max_features) for level in data]
-        matches.append(
-            ConceptMatches(
-                site=labelled.site,
-                label=method.label,
-                size=method.size,
-                concepts=labelled.concepts,
-                rare_concepts=rare,
-                levels=tuple(matcher.level() for matcher in matchers),
-                features=matchers[0].features(),
+    for group, recorded in chain([(first, firings)], ((group, _read(source, group)[0]) for group in groups)):
+        for method in group:
+            matchers = [_Matcher(level, recorded[0], config.max_features) for level in data]
+            del recorded[0]
+            matches.append(
+                ConceptMatches(
+                    site=labels.site,
+                    label=method.label,
+                    size=method.size,
+                    concepts=labels.concepts,
+                    rare_concepts=rare,
+                    levels=tuple(matcher.level() for matcher in matchers),
+                    features=matchers[0].features(),
+                )
             )
-        )
     return matches
 
 
-def _frequent_concepts(labelled: LabelledActivations, min_images: int) -> list[int]:
+def _groups(methods: Iterable[FeatureMethod], source: LabelledSource) -> Iterator[list[FeatureMethod]]:
+    """Yield methods to read the activations for together."""
+    group, size = list[FeatureMethod](), 0
+    for method in methods:
+        if method.site != source.labels.site:
+            raise BadInput(f"{method.label} is a method for {method.site}, but the activations are of {source.labels.site}.")
+        group.append(method)
+        size += 8 * method.size * source.width  # the bytes of its encoder and decoder
+        if source.is_kept or size > METHOD_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _read(
+    source: LabelledSource, methods: Sequence[FeatureMethod], wanted: Int[Tensor, " token"] = NONE
+) -> tuple[list[FeatureFirings], Float[Tensor, "token width"]]:
+    """Return where the features of methods fire at all tokens, and the activations of the `wanted` tokens."""
+    recorders = [FiringRecorder(method.encode, method.size) for method in methods]
+    order, rows, count = wanted.unique(), list[Tensor](), 0
+    for x in _chunks(source):
+        for recorder in recorders:
+            recorder.add(x)
+        first, end = torch.searchsorted(order, torch.tensor([count, count + len(x)])).tolist()
+        rows.append(x[(order[first:end] - count).to(x.device)])
+        count += len(x)
+    places = torch.searchsorted(order, wanted)
+    return [recorder.firings() for recorder in recorders], torch.cat(rows)[places.to(rows[0].device)]
+
+
+def _chunks(source: LabelledSource) -> Iterator[Float[Tensor, "token width"]]:
+    """Yield the activations of all tokens in parts of one size, whatever the batches are: products round by their size."""
+    rest: Tensor | None = None
+    for values in source.batches():
+        rest = values if rest is None or not len(rest) else torch.cat([rest, values])
+        while len(rest) >= CHUNK:
+            yield rest[:CHUNK].float()
+            rest = rest[CHUNK:]
+    if rest is not None and len(rest):
+        yield rest.float()
+
+
+def _frequent_concepts(labels: TokenLabels, min_images: int) -> list[int]:
     """Return the concepts that enough images show on both sides of the split, at every noise level."""
-    sides = [side & (labelled.noise == level) for side in _sides(labelled) for level in labelled.noise_levels]
-    counts = torch.tensor([[len(labelled.images[side & shown].unique()) for shown in labelled.truth == 1] for side in sides])
+    sides = [side & (labels.noise == level) for side in _sides(labels) for level in labels.noise_levels]
+    counts = torch.tensor([[len(labels.images[side & shown].unique()) for shown in labels.truth == 1] for side in sides])
     is_frequent = counts.amin(0) >= min_images
     if not bool(is_frequent.any()):
-        held_out, total = len(labelled.images[labelled.held_out].unique()), len(labelled.images.unique())
+        held_out, total = len(labels.images[labels.held_out].unique()), len(labels.images.unique())
         raise BadInput(
             f"No concept is shown in {min_images} held-out images and as many others: of {total} images {held_out} are held out, "
             f"and none is in more than {int(counts.amin(0).max())} on both sides. Give more images; a tenth of them is held out."
@@ -179,8 +197,8 @@ def _frequent_concepts(labelled: LabelledActivations, min_images: int) -> list[i
     return is_frequent.nonzero()[:, 0].tolist()
 
 
-def _sides(labelled: LabelledActivations) -> tuple[Bool[Tensor, " token"], Bool[Tensor, " token"]]:
-    return ~labelled.held_out, labelled.held_out
+def _sides(labels: TokenLabels) -> tuple[Bool[Tensor, " token"], Bool[Tensor, " token"]]:
+    return ~labels.held_out, labels.held_out
 
 
 class _SplitSide(NamedTuple):
@@ -197,23 +215,53 @@ class _SplitSide(NamedTuple):
         return (self.truth == 1).sum(1) / (self.truth >= 0).sum(1).clamp_min(1)
 
 
+class _Level(NamedTuple):
+    """A noise level, or all of them together."""
+
+    noise: float | None
+    mask: Bool[Tensor, " token"]
+    """Its tokens."""
+    probe_tokens: Int[Tensor, " token"]
+    """Those of its training tokens that its probe is fitted to."""
+
+
+def _level_data(
+    source: LabelledSource,
+    labels: TokenLabels,
+    levels: Sequence[_Level],
+    rows: Float[Tensor, "token width"],
+    config: MatchingConfig,
+) -> list[_LevelData]:
+    """Fit the probe of each level to its `rows`, one level after the other, and read all activations once for the logits."""
+    parts = zip(levels, rows.split([len(level.probe_tokens) for level in levels]), strict=True)
+    probes = [LinearProbe.fit(x, labels.truth[:, level.probe_tokens], config.ridge) for level, x in parts]
+    logits: list[list[Tensor]] = [[] for _ in levels]
+    count = 0
+    for x in _chunks(source):
+        for level, probe, found in zip(levels, probes, logits, strict=True):
+            tested = (level.mask & labels.held_out)[count : count + len(x)].to(x.device)
+            found.append(probe.logits(x[tested]).cpu())
+        count += len(x)
+    return [_LevelData(labels, level, torch.cat(found).T, config) for level, found in zip(levels, logits, strict=True)]
+
+
 @final
 class _LevelData:
     """What all methods are compared on at one noise level: ground truth, linear probe, and bootstrap samples of images."""
 
-    def __init__(self, labelled: LabelledActivations, noise: float | None, config: MatchingConfig) -> None:
-        at_level = torch.ones_like(labelled.held_out) if noise is None else labelled.noise == noise
-        self.noise, self.concepts = noise, labelled.concepts
+    def __init__(
+        self, labels: TokenLabels, level: _Level, logits: Float[Tensor, "concept token"], config: MatchingConfig
+    ) -> None:
+        """Take the logits of the probe at the held-out tokens."""
+        self.noise, self.concepts = level.noise, labels.concepts
         self.train, self.test = (
-            _SplitSide(at_level & side, labelled.truth[:, at_level & side], labelled.images[at_level & side])
-            for side in _sides(labelled)
+            _SplitSide(level.mask & side, labels.truth[:, level.mask & side], labels.images[level.mask & side])
+            for side in _sides(labels)
         )
-        self.weights = _bootstrap_weights(self.test.images, int(labelled.images.max()) + 1, config.bootstrap_samples, config.seed)
-        selected = labelled if noise is None else labelled.select(at_level)
-        logits = linear_probe(selected, ridge=config.ridge, seed=config.seed)[:, selected.held_out]
+        self.weights = _bootstrap_weights(self.test.images, int(labels.images.max()) + 1, config.bootstrap_samples, config.seed)
         tokens = torch.arange(logits.shape[1])
         self.probe = torch.stack([self.average_precision(tokens, values, i) for i, values in enumerate(logits)])
-        self.unrelated = unrelated_concepts(labelled.concepts, self.train.truth)
+        self.unrelated = unrelated_concepts(labels.concepts, self.train.truth)
 
     def average_precision(self, tokens: Tensor, values: Tensor, concept: int) -> Float[Tensor, " draw"]:
         """Return the average precision of a ranking on held-out tokens, then its value in each bootstrap sample."""

@@ -30,6 +30,10 @@ MOST = 10**6
 """Images of a source."""
 FINDABLE = 0.9
 """Average precision of a linear probe from which a concept is findable."""
+LABEL_BYTES, CODE_BYTES, SORTING_BYTES = 24, 12, 48
+"""For each token its image, level and split; for each code its token, feature and value; and what sorting it takes."""
+PROBE_ROWS = 1 << 17
+"""Activations that probes are fitted to, at all noise levels."""
 PROBE = "a linear probe"
 SUMMARY = ["", "detected (AP >= 0.8)", "of those the probe finds", "mean AP", "combined", "monosemantic", "split", "absorbed"]
 
@@ -102,6 +106,14 @@ class ConceptsConfig:
                 f"A concept cannot be absent up to a share of {self.absent_below:g} and present from {self.present_above:g} on. "
                 "Choose 0 <= absent_below <= present_above <= 1, present_above above 0."
             )
+
+    def streaming_bytes(self, tokens: int, width: int, concepts: int, ks: Sequence[int]) -> int:
+        """Return the memory that matching takes without the activations, at `tokens` an image: labels, codes, and to sort them.
+
+        `ks` are the numbers of active features of the methods.
+        """
+        codes = CODE_BYTES * sum(ks) + SORTING_BYTES * max(ks, default=1)
+        return self.images * len(self.noise) * tokens * (concepts + LABEL_BYTES + codes) + 4 * PROBE_ROWS * width
 
 
 @dataclass(frozen=True, kw_only=True)

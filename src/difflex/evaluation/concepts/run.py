@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from difflex.devices import free_memory
 from difflex.dictionaries import Dictionary, DictionaryOrigin, Neurons, fingerprint
 from difflex.dictionary_config import read_config
 from difflex.errors import BrokenFile
-from difflex.evaluation.concepts.labels import Harvest, LabelledActivations, label
+from difflex.evaluation.concepts.labels import Harvest, LabelledActivations, LabelledSource, LabelledStream, label_batches
 from difflex.evaluation.concepts.matching import FeatureMethod, match, principal_axes, random_directions
 from difflex.evaluation.concepts.results import ConceptMatches, ConceptsConfig, MatchInputs
 from difflex.evaluation.concepts.sources import LabelledImages
 from difflex.files import folder_lock
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
+
+KEPT_SHARE = 2
+"""One part in so many of the free memory may hold activations."""
 
 
 class StoredMatches(NamedTuple):
@@ -41,8 +45,8 @@ def match_studies(
     These are the dictionaries at `sites` and those called `dictionaries` (SITE/LABEL); all if both are empty. The baselines are,
     for each number of active features: principal axes, random directions, and the neurons of the same block, if it has some.
     `open_model` returns, for a study, a function from a site to a harvest there, or to None if the model does not have that site;
-    it is called only where matches are missing or out of date. Sites are harvested one after another, because the activations of
-    one may fill the memory.
+    it is called only where matches are missing or out of date. Sites are harvested one after another. Activations stay in memory
+    if they take at most half of what is free; else they are harvested again at each reading.
     """
     selections = [study.select_dictionaries(sites, dictionaries) for study in studies]
     stored = []
@@ -60,19 +64,23 @@ def match_studies(
 
 def _labelled_at(
     images: LabelledImages, harvest_at: Callable[[Site], Harvest | None], config: ConceptsConfig, site: Site
-) -> LabelledActivations | None:
+) -> LabelledStream | None:
     harvest = harvest_at(site)
     if harvest is None:
         return None
-    loaded = (image._replace(prompt="") if config.empty_prompts else image for image in images.load())
-    return label(loaded, harvest, images.concepts, config.present_above, config.absent_below)[site]
+
+    def batches() -> Iterator[LabelledActivations]:
+        loaded = (image._replace(prompt="") if config.empty_prompts else image for image in images.load())
+        return label_batches(loaded, harvest, images.concepts, config.present_above, config.absent_below)
+
+    return LabelledStream(batches, free_memory("cpu") // KEPT_SHARE)
 
 
 def _match_study(
     study: Study,
     selection: Sequence[DictionaryRef],
     inputs: MatchInputs,
-    labelled_at: Callable[[Site], LabelledActivations | None],
+    labelled_at: Callable[[Site], LabelledStream | None],
 ) -> list[StoredMatches]:
     folders: dict[Site, list[Path]] = {}
     for place in selection:
@@ -98,7 +106,7 @@ class _MatchTask:
     site: Site
     label: str
     inputs: MatchInputs
-    method: Callable[[LabelledActivations], FeatureMethod] = field(compare=False)
+    method: Callable[[LabelledSource], FeatureMethod] = field(compare=False)
 
     @property
     def path(self) -> Path:
@@ -114,7 +122,7 @@ class _MatchTask:
             return False
 
 
-def _compute(tasks: list[_MatchTask], labelled_at: Callable[[Site], LabelledActivations | None]) -> list[_MatchTask]:
+def _compute(tasks: list[_MatchTask], labelled_at: Callable[[Site], LabelledStream | None]) -> list[_MatchTask]:
     """Match the methods of `tasks`, all of one site, and save the results; return none if the model lacks the site."""
     if not tasks:
         return []
@@ -148,8 +156,8 @@ def _neuron_tasks(
 ) -> list[_MatchTask]:
     """Return the neurons of the same block and stream, except for those that are dictionaries of the study themselves."""
 
-    def method(labelled: LabelledActivations, k: int) -> FeatureMethod:
-        return FeatureMethod.of(Neurons(width=labelled.values.shape[1], k=k, origin=DictionaryOrigin(site=labelled.site)))
+    def method(source: LabelledSource, k: int) -> FeatureMethod:
+        return FeatureMethod.of(Neurons(width=source.width, k=k, origin=DictionaryOrigin(site=source.labels.site)))
 
     inner = Site(site.path, "neurons", site.stream)
     missing = [] if site == inner else sorted(_shapes(folders).keys() - _shapes(others.get(inner, ())).keys())

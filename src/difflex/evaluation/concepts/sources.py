@@ -30,13 +30,15 @@ from difflex.evaluation.concepts.labels import Concept, LabelledImage
 from difflex.files import disk_errors, file_sha256
 from difflex.images import open_image
 from difflex.miniature import draw
-from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS
+from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS, PIXELS, check_drawn_pixels
 from difflex.values import fits, shown
 
 FIRST_SEED = HELD_OUT_SEEDS + 10**6
 """The seed of the first scene of the drawn world; mini-flux was trained on no scene from `HELD_OUT_SEEDS` on."""
 BATCH = 50
-"""Scenes drawn at once."""
+"""Scenes of 64 pixels drawn at once; of larger ones fewer."""
+KEPT_PIXELS = 1 << 26
+"""Pixels of scenes that are drawn once; more are drawn again at each reading."""
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 EXAMPLE = 'Write {"1": "star", "2": {"name": "sky", "group": "background"}}, or the JSON of COCO panoptic.'
 
@@ -56,20 +58,26 @@ def drawn_concepts() -> tuple[Concept, ...]:
     return tuple(Concept(name, group) for group, names in CONCEPTS.items() for name in names)
 
 
-def drawn_images(count: int, first_seed: int = FIRST_SEED) -> Iterator[LabelledImage]:
+def drawn_images(count: int, first_seed: int = FIRST_SEED, pixels: int = PIXELS) -> Iterator[LabelledImage]:
     """Yield `count` scenes of the drawn world; with the default seed none of them was trained on."""
-    for start in range(first_seed, first_seed + count, BATCH):
-        seeds = range(start, min(start + BATCH, first_seed + count))
-        scenes = draw(seeds)
+    batch = max(1, BATCH * PIXELS**2 // pixels**2)
+    for start in range(first_seed, first_seed + count, batch):
+        seeds = range(start, min(start + batch, first_seed + count))
+        scenes = draw(seeds, pixels=pixels)
         shares = cache(scenes.shares)
         for i, seed in enumerate(seeds):
             image = Image.fromarray((scenes.images[i].permute(1, 2, 0) * 255).round().byte().numpy())
             yield LabelledImage(image, f"drawn:{seed}", scenes.captions[i], lambda *grid, i=i, of=shares: of(*grid)[i])
 
 
-def drawn_source(count: int) -> LabelledImages:
-    """Return the first `count` scenes as a source of labelled images; they are small but slow to draw, so they are drawn once."""
-    return LabelledImages(f"drawn world from {FIRST_SEED}", drawn_concepts(), cache(lambda: list(drawn_images(count))))
+def drawn_source(count: int, pixels: tuple[int, int] = (PIXELS, PIXELS)) -> LabelledImages:
+    """Return the first `count` scenes as a source of labelled images; they are slow to draw, so small ones are drawn once."""
+    check_drawn_pixels(pixels)
+    name = f"drawn world from {FIRST_SEED}{'' if pixels[0] == PIXELS else f' of {pixels[0]} pixels'}"
+    load = lambda: drawn_images(count, pixels=pixels[0])  # noqa: E731
+    if count * pixels[0] ** 2 <= KEPT_PIXELS:
+        load = cache(lambda: list(drawn_images(count, pixels=pixels[0])))
+    return LabelledImages(name, drawn_concepts(), load)
 
 
 def grid_shares(masks: Bool[Tensor, "concept height width"], rows: int, columns: int) -> Float[Tensor, "concept row column"]:
