@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import time
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -398,6 +398,46 @@ def test_images_of_atoms_come_from_the_source_or_are_drawn(tmp_path: Path):
         assert patch is not None and patch.image is not None
         assert (patch.token, patch.shot) == (location.token, location.shot)
         assert album.open(patch.image.file).tobytes() == fake_image(image_number(location.shot)).tobytes()
+
+
+def test_only_the_images_of_the_most_atoms_that_fire_are_drawn_beyond_the_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    drawn: list[int] = []
+
+    def draw(shots):
+        drawn.extend(image_number(shot) for shot in shots)
+        return [fake_image(image_number(shot)) for shot in shots]
+
+    # Image 701 has two atoms that fire, 700 one, and 702 the one that never does (and one that is in the source as well).
+    places = {0: 700, 1: 701, 2: 701, SIZE - 1: 702, 3: 5}
+    locations = {feature: AtomLocation(fake_shot(image, 500.0), 1) for feature, image in places.items()}
+    atoms = [replace(targets(tmp_path)[0], patches=locations)]
+    for most, expected in ((2, [701, 700]), (0, [])):
+        drawn.clear()
+        options = {"data": "x", "checkpoint": tmp_path / "s", "config": FEW, "progress": False, "most_patches": most}
+        collect(atoms, fake_source([*range(20)]), ImageAlbum(tmp_path / "images"), draw=draw, **options)  # pyright: ignore
+        assert drawn == expected
+        assert f"3 images that atoms were taken from are not among the images: {most} are generated" in capsys.readouterr().out
+
+
+def test_a_state_that_takes_long_to_save_is_saved_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saves, clock = [], [0.0]
+    monkeypatch.setattr("difflex.features.collecting.time.monotonic", lambda: clock[0])
+
+    def save(self: object, collectors: object, registry: object) -> None:
+        saves.append(clock[0])
+        clock[0] += 5.0
+
+    def source(start: int):
+        for batch in fake_source([*range(300)], batch=1)(start):
+            clock[0] += 1.0
+            yield batch
+
+    monkeypatch.setattr("difflex.features.collecting.CollectCheckpoint.save", save)
+    album = ImageAlbum(tmp_path / "images")
+    collect(targets(tmp_path), source, album, data="x", checkpoint=tmp_path / "s", config=FEW, save_seconds=10.0, progress=False)
+    assert [round(later - earlier) for earlier, later in pairwise(saves)][:2] == [106, 106]  # 5 seconds are a twentieth of 100
 
 
 def test_images_of_several_sizes_are_refused(tmp_path: Path):
