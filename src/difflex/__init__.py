@@ -1,9 +1,9 @@
 """difflex: sparse dictionaries of the activations of text-to-image diffusion models."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from difflex._version import __version__ as __version__
-from difflex.lazy import lazy_names
 
 if TYPE_CHECKING:
     from difflex.dictionaries import ITDA, Dictionary, Neurons
@@ -67,7 +67,12 @@ __all__ = [
 ]
 
 
-__getattr__ = lazy_names(__name__, HOMES)
+def __getattr__(name: str) -> object:
+    if name not in HOMES:
+        raise AttributeError(f"module 'difflex' has no attribute '{name}'")
+    value = getattr(import_module(HOMES[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -25,10 +25,11 @@ from difflex.commands.flags import (
     number,
 )
 from difflex.commands.inputs import load_study_model, open_book, open_study, read_prompts, study_pixels
+from difflex.dictionary_config import fingerprint
 from difflex.errors import BadInput
 from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
 from difflex.features.entries import FeatureStats
-from difflex.files import folder_lock
+from difflex.files import folder_lock, parsing, read_json
 from difflex.images import check_image_path, write_image
 from difflex.study import Command, DictionaryRef, Study
 from difflex.tables import text_table
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CollectCommand", "FeaturesCommand", "ShowCommand"]
 
+MATCHES_FORMAT, CONCEPTS_ADVICE = 2, "Move it away and run difflex concepts again."
 MAX_TEXT = 48
 """Letters of an explanation in the table."""
 COLUMNS = ("feature", "density", "peak", "mean", "shots", "area", "covers", "strength", "concept", "AP", "explanation")
@@ -261,15 +263,15 @@ def _best_concepts(study: Study, ref: DictionaryRef) -> dict[int, BestConcept]:
     path = study.concepts(*ref)
     if not path.is_file():
         return {}
-    from difflex.dictionary_config import fingerprint
-    from difflex.evaluation.concepts.results import ConceptMatches
-
-    matches = ConceptMatches.load(path)
-    if matches.fingerprint not in (None, fingerprint(study.dictionary(*ref))):
+    entries = read_json(path, MATCHES_FORMAT, CONCEPTS_ADVICE)  # not by `ConceptMatches`, which would import torch
+    with parsing(path, "results of difflex concepts", CONCEPTS_ADVICE):
+        names, made_for = [name for name, _ in entries["concepts"]], (entries["inputs"] or {}).get("fingerprint")
+        columns = zip(*(entries["features"][column] for column in ("features", "concepts", "ap")), strict=True)
+        best = {int(feature): BestConcept(names[concept], float(ap)) for feature, concept, ap in columns}
+    if made_for not in (None, fingerprint(study.dictionary(*ref))):
         print(f"{ref} has changed since {path} was made: no concepts are shown. Run difflex concepts again.")
         return {}
-    columns = zip(matches.features.features, matches.features.concepts, matches.features.ap, strict=True)
-    return {feature: BestConcept(matches.concepts[concept].name, ap) for feature, concept, ap in columns}
+    return best
 
 
 def _features_table(book: Book, rows: list[FeatureStats], concepts: Mapping[int, BestConcept], measure: str) -> str:
