@@ -74,7 +74,7 @@ def test_what_does_not_fit_together_is_trained_in_groups_and_said_beforehand(
 ):
     monkeypatch.setattr("difflex.training.groups.BATCH", 64)
     monkeypatch.setattr("difflex.training.config.SCORES", {"cpu": 0})
-    cost = training_cost([(task.training, 16) for task in tasks(tmp_path).values()], batch=64)
+    cost = training_cost([(task.training, 16) for task in tasks(tmp_path).values()], batch=64, sites=[16, 16])
     monkeypatch.setattr("difflex.training.groups.free_memory", lambda device: cost.device - 1)
     train(tmp_path, replace(CONFIG, progress=True))
     assert "4 SAEs take 0.0 GB, 0.0 GB are free: trained in 2 groups of 2, one after another." in capsys.readouterr().out

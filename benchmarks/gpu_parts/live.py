@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from difflex.dictionaries import DictionaryOrigin
 from difflex.records import Site
 from difflex.store.live import LiveSites, SiteBatch
 from difflex.training import FitConfig, TrainingConfig, default
-from difflex.training.fitting import FitTask
-from difflex.training.groups import fit_tasks
+from difflex.training.data import BatchFeed, TrainingRanks
+from difflex.training.fitting import FitRun, FitTask
 from gpu_parts import Bar, PartResult, peak_bytes, wait
 
 FLUX = {
@@ -25,7 +26,7 @@ FLUX = {
     "images": 32,
     "batch": 4096,
     "updates": 24,
-    "middle": ((65_536, 64), (16_384, 64), (16_384, 32)),
+    "middle": ((32_768, 64), (16_384, 64), (16_384, 32)),
     "elsewhere": ((16_384, 64),),
 }
 TINY = {
@@ -34,7 +35,7 @@ TINY = {
     "sites": ("double.1", "single.0"),
     "pixels": (64, 64),
     "images": 4,
-    "batch": 256,
+    "batch": 64,
     "updates": 8,
     "middle": ((256, 8), (128, 8)),
     "elsewhere": ((128, 8),),
@@ -63,17 +64,19 @@ def sweep(device: torch.device) -> PartResult:
         batches = list(activations.batches(batch, stop=updates))
         harvested = time.perf_counter() - began
         width = max(activations.widths.values())
+    method = "standardise" if device.type == "cuda" else "none"  # the tiny run has too few tokens for statistics
     trainings = {
-        site: [default(width=width, size=size, k=k) for size, k in scale["elsewhere" if number else "middle"]]
-        for number, site in enumerate(sites)
+        site: [replace(default(width=width, size=size, k=k), normalisation=method) for size, k in scale[place]]
+        for site, place in zip(sites, ("middle", *["elsewhere"] * (len(sites) - 1)), strict=True)
     }
-    train(trainings, iter(batches[:8]), batch * min(8, updates), device)  # compiles the kernels
-    trained = train(trainings, iter(batches), tokens, device)
+    train(trainings, batches, iter(batches[:8]), batch * 8, device)  # compiles the kernels
+    trained = train(trainings, batches, iter(batches), tokens, device)
     together: list[float] = []
 
     def both() -> None:
         with live(ahead=True) as activations:
-            together.append(train(trainings, activations.batches(batch, stop=updates), tokens, device))
+            stream = activations.batches(batch, stop=updates)
+            together.append(train(trainings, batches, stream, tokens, device))
 
     peak = peak_bytes(device, both) / 2**30
     count, cost = sum(map(len, trainings.values())), together[0] / max(harvested, trained)
@@ -88,19 +91,28 @@ def sweep(device: torch.device) -> PartResult:
     return result
 
 
-def train(trainings: dict[Site, list[TrainingConfig]], batches: Iterator[SiteBatch], tokens: int, device: torch.device) -> float:
-    """Return the seconds of a training on these batches, statistics and initial weights included."""
-    config = FitConfig(tokens=tokens, epoch=tokens, checkpoints="compact", progress=False)
-    began = time.perf_counter()
+def train(
+    trainings: dict[Site, list[TrainingConfig]],
+    first: list[SiteBatch],
+    stream: Iterator[SiteBatch],
+    tokens: int,
+    device: torch.device,
+) -> float:
+    """Return the seconds of a training on `stream`; `first` gives the statistics, which are not timed."""
+    config, ranks = FitConfig(tokens=tokens, epoch=tokens, progress=False), TrainingRanks()
+    sources = iter((iter(first), stream))
     with tempfile.TemporaryDirectory() as folder:
         tasks = {
             Path(folder) / site.folder / training.label: FitTask(DictionaryOrigin(site=site), training)
             for site, several in trainings.items()
             for training in several
         }
-        for _ in fit_tasks(tasks, lambda start: batches, config=config, device=device, replay=True):
-            pass
-    return time.perf_counter() - began
+        run = FitRun(tasks, BatchFeed(lambda start: next(sources), ranks, device, sharded=False), config, ranks, device)
+        wait(device)
+        began = time.perf_counter()
+        run.train()
+        wait(device)
+        return time.perf_counter() - began
 
 
 PARTS = {"live-sweep": sweep}

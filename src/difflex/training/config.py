@@ -28,6 +28,8 @@ SCORES = {"cpu": 1 << 24, "cuda": 1 << 29}
 """Bytes of scores that are in memory at a time."""
 WINDOWS = 2
 """Shuffle windows in memory: one is harvested while the other is trained on."""
+PREVIEW = 32_768
+"""Vectors of each site that are in memory for the first weights."""
 HEADER = 12_000
 """Bytes of the config of a dictionary, the header of its checkpoint and its log."""
 
@@ -292,17 +294,18 @@ def training_cost(
 ) -> SweepCost:
     """Return what SAEs take, each with its width, if each rank holds one of `parts` of their features.
 
-    `window` rows of the widths `sites` are shuffled in a live training.
+    `sites` are the widths of the sites, where a live training shuffles `window` rows.
     """
     states = tuple(training.memory(width, parts, device) for training, width in trainings)
     updates = [4 * ROWS_IN_WORK * batch * width + PAIR_BYTES * batch * training.k for training, width in trainings]
     saved = max((8 * training.size * width for training, width in trainings), default=0)
+    statistics = 4 * sum(min(PREVIEW, 10 * width) * width for width in (*sites, *([max(sites)] if sites else [])))
     checkpoint = [checkpoint_bytes(training, width, checkpoints) for training, width in trainings]
     # A checkpoint is gathered in the memory of the CPU, and once more as the bytes of its file.
     written = (1 + (device != "cpu")) * max(checkpoint, default=0)
     return SweepCost(
         states=states,
-        working=max(max(updates, default=0) + SCORES[device], saved, written if device == "cpu" else 0),
+        working=max(max(updates, default=0) + SCORES[device], saved, statistics, written if device == "cpu" else 0),
         host=2 * WINDOWS * window * sum(sites) + (written if device != "cpu" else 0),
         checkpoints=sum(checkpoint),
         dictionaries=sum(dictionary_bytes(training, width, weights) for training, width in trainings),

@@ -23,6 +23,7 @@ from difflex.dictionaries.normalisation import VECTORS_PER_AXIS, VectorMoments
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, NonFinite
 from difflex.records import ActivationBatch, Site
+from difflex.training.config import PREVIEW
 
 Split = Literal["data", "features"]
 Batches = Callable[[int], Iterator[ActivationBatch]]
@@ -31,8 +32,6 @@ SiteBatch = Mapping[Site, ActivationBatch]
 """The rows of a batch at each site."""
 SiteBatches = Callable[[int], Iterator[SiteBatch]]
 """The batches of a run at several sites."""
-MAX_PREVIEW = 32_768
-"""Vectors of the preview that stay in memory, for the initial bias and thresholds."""
 LARGE_MEAN = 1.0
 """|mean| / |standard deviation| above which normalisation prevents dead features (arXiv 2605.31518)."""
 LARGE_STRETCH = 30.0
@@ -146,7 +145,7 @@ class BatchFeed:
                 values = self._ranks.gather(rows.values)
                 if site not in moments:
                     moments[site] = VectorMoments(values.shape[1], covariance=covariance[site], device=self._device)
-                if moments[site].count < MAX_PREVIEW:
+                if moments[site].count < PREVIEW:
                     vectors[site].append(values)
                 moments[site].add(values)
                 if moments[site].count >= min(VECTORS_PER_AXIS * values.shape[1], max_vectors or math.inf):
@@ -155,7 +154,7 @@ class BatchFeed:
                 break
         if not moments:
             raise BadInput("Training got a stream without batches. Harvest some activations first.")
-        return {site: DataPreview(moments[site], torch.cat(vectors[site])[:MAX_PREVIEW]) for site in covariance}
+        return {site: DataPreview(moments[site], torch.cat(vectors[site])[:PREVIEW]) for site in covariance}
 
     def _first_batches(self) -> Iterator[SiteBatch]:
         """Yield the batches from the first one on, to be trained on later."""

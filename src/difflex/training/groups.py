@@ -142,6 +142,7 @@ def _plan(
         batch=BATCH,
         device="cuda" if device.type == "cuda" else "cpu",
         parts=ranks.by_feature.world_size,
+        sites=[*widths.values()],
         checkpoints=config.checkpoints,
     )
     free = int(ranks.broadcast(torch.tensor([free_memory(device)], device=device)))
