@@ -176,3 +176,17 @@ def test_kernels_and_graphs_equal_the_dense_update_without_waiting(name: str):
     dense.update(batches[0], 3e-3)
     assert fused.metrics is not None and dense.metrics is not None
     assert fused.metrics.loss == pytest.approx(dense.metrics.loss, rel=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_trains_on_a_gpu_as_on_the_cpu(name: str):
+    config = replace(CASES[name], auxk=CASES[name].auxk and replace(AUXK, dead_after=4 * BATCH))
+    both = [learner(config, None, device) for device in ("cpu", "cuda")]
+    for number in range(20):
+        losses = []
+        for each, device in zip(both, ("cpu", "cuda"), strict=True):
+            each.update(batch(number).to(device), 1e-3)
+            assert each.metrics is not None
+            losses.append(each.metrics.loss)
+        assert losses[1] == pytest.approx(losses[0], rel=1e-2)
