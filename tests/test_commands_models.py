@@ -36,10 +36,10 @@ def test_the_sites_of_flux_are_listed_without_a_file_and_those_of_a_known_family
 ):
     configs = shutil.copytree(folder, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
     for model, width in ((str(configs), "32"), ("black-forest-labs/FLUX.1-dev", "3072")):
-        assert main(["sites", model, "--pattern", "double.1", "--pixels", "32"]) == 0
+        assert main(["sites", model, "--pattern", "double.1", "--pixels", "32", "--text-length", "99"]) == 0
         image, text = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
         assert image[:2] == ["double.1", "transformer.transformer_blocks.1"] and image[2] == text[2] == width
-    assert image[3:5] == ["4", "residual"] and text[3] == "512"
+    assert image[3:5] == ["4", "residual"] and text[3] == "99"
     assert main(["sites", str(configs), "--pixels", "33"]) == 2
     assert "Its sizes are: 32 x 32, 16 x 24" in capsys.readouterr().err
 

@@ -20,6 +20,7 @@ from difflex.testing import tiny_folder
 
 PLACE = "double.1/topk-32-k2"
 WORDS = {
+    "train": ["--live", "--site", "double.1", "--prompts", "captions", "--tokens", "100", "--k", "2", "--size", "32"],
     "evaluate": ["--effect-shots", "1"],
     "concepts": ["--images", "200", "--pixels", "64"],
     "collect": [],
