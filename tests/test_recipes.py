@@ -163,9 +163,9 @@ def test_other_models_and_precisions_of_flux_begin(
     words = ["run", recipe, *real_depth(family, tmp_path), *flags]
     assert main([*words, "--dry-run"]) == 0
     assert "unknown" not in (table := capsys.readouterr().out) and table.count("to do") == 17
-    # Few of the many steps, or of the slow products of four bits on a CPU.
-    assert main([*words, "--tokens", "96", "--until", "harvest"]) == 0
-    assert "every command up to harvest is done" in capsys.readouterr().out
+    assert main([*words, "--until", "anatomy"]) == 0
+    assert "every command up to anatomy is done" in capsys.readouterr().out
+    assert Anatomy.load(tmp_path / "study" / "anatomy.json").inputs
 
 
 @pytest.mark.parametrize("name", ["mini", "sdxl_turbo"])

@@ -174,7 +174,8 @@ def test_every_command_of_the_recipes_of_mini_flux_has_an_estimate(name: str, tm
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "gpu"), [("flux_schnell", "bf16", 80), ("flux_schnell", "nf4", 24), ("flux_dev", "nf4", 24)]
+    ("name", "precision", "gpu"),
+    [("flux_schnell", "bf16", 80), ("flux_schnell", "nf4", 24), pytest.param("flux_dev", "nf4", 24, marks=pytest.mark.slow)],
 )
 def test_the_recipes_of_flux_fit_the_gpus_that_people_have(
     name: str, precision: Precision, gpu: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

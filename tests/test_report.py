@@ -127,6 +127,17 @@ def test_what_a_figure_of_the_paper_lacks_is_named_with_its_command(tmp_path: Pa
     assert lacking(study)["8"] == ("in part", "difflex itda STUDY --site double.3 --k 8 --size 1024")
 
 
+def test_a_dictionary_of_a_comparison_of_normalisations_is_not_in_the_sweep_beside_another_of_its_shape(tmp_path: Path):
+    study = new_study(tmp_path)
+    for name in ("double.1/topk-512-k8-paper", "double.1/topk-1024-k8-paper"):
+        write_evaluation(study, name, normalisation="whiten", data="live")
+    for normalisation in ("none", "whiten"):
+        write_evaluation(study, f"double.1/topk-512-k8-paper-{normalisation}", normalisation=normalisation, data="stored")
+    page_of(study)
+    assert [row["dictionary"] for row in rows_of(study, "sweep")] == ["double.1/topk-512-k8-paper", "double.1/topk-1024-k8-paper"]
+    assert len(rows_of(study, "dead")) == 2
+
+
 def test_every_metric_of_an_evaluation_is_in_the_table(tmp_path: Path):
     study = new_study(tmp_path)
     evaluation = write_evaluation(study, "double.1/topk-512-k8", fvu=0.1234, dead=5, share=0.3, r2=0.777)

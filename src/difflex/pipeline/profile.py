@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -188,20 +188,42 @@ def profile_model(
         steps=steps or profiler.defaults.steps,
         guidance=float(profiler.defaults.guidance if guidance is None else guidance),
     )
-    shapes, partial_call, call, largest = profiler.denoiser(shot, sites)
+    alike = replace(shot, steps=1, guidance=0.0)  # neither changes a single pass
+    shapes, partial_call, call, largest = _denoiser_pass(alike, sites)
     halves = 2 if family.is_guided(shot.guidance, profiler.config) else 1
-    decode, decoded = profiler.decode(shot)
+    prompt, decode, decoded, weights = _fixed_costs(alike)
     return ModelProfile(
         shot=shot,
         shapes=shapes,
         partial_step=(1 if family.guidance == "separate" else halves) * partial_call,
         step=halves * call,
-        prompt=profiler.prompt(),
+        prompt=prompt,
         decode=decode,
-        weights=count_weights(plan, family),
+        weights=weights,
         values=round(AT_ONCE * largest * (1 if family.guidance == "separate" else halves)),
         decoded_values=round(AT_ONCE * decoded),
     )
+
+
+class FixedCosts(NamedTuple):
+    """What does not depend on the sites."""
+
+    prompt: float
+    decode: float
+    decoded: int
+    """Numbers in the largest output of a layer while an image is decoded."""
+    weights: MemoryNeed
+
+
+@lru_cache(64)
+def _denoiser_pass(shot: Shot, sites: tuple[str, ...]) -> tuple[Mapping[Site, tuple[int, int]], float, float, int]:
+    return _Profiler.of(shot.model, shot.revision, True, shot.text_length).denoiser(shot, sites)
+
+
+@lru_cache(64)
+def _fixed_costs(shot: Shot) -> FixedCosts:
+    profiler = _Profiler.of(shot.model, shot.revision, True, shot.text_length)
+    return FixedCosts(profiler.prompt(), *profiler.decode(shot), count_weights(profiler.plan, profiler.family))
 
 
 class _Profiler(NamedTuple):

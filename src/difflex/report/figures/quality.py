@@ -10,6 +10,7 @@ from difflex.report.drawing import Axis, AxisTick, Drawing
 from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, Series, plot, row_chart
 from difflex.report.facts import DictionaryFacts, StudyFacts, group_by, similar_size
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
+from difflex.report.figures.dictionaries import normalisation_variants
 from difflex.report.style import DASHES, kind_series, number, percent
 
 
@@ -51,10 +52,20 @@ def quality(facts: StudyFacts) -> ReportSection:
 
 
 def usually_normalised(evaluated: Sequence[DictionaryFacts]) -> list[DictionaryFacts]:
-    """Return the dictionaries with the most frequent normalisation of their kind; the others are variants."""
+    """Return the dictionaries with the most frequent normalisation of their kind; the others are variants.
+
+    So is one that was trained for a comparison of normalisations, where another of its shape was not.
+    """
+
+    def shape(d: DictionaryFacts) -> tuple[object, ...]:
+        return d.ref.site, d.kind, d.size, d.k
+
     kinds = group_by(evaluated, lambda d: d.kind).items()
-    usual = {kind: Counter(d.normalisation for d in own).most_common(1)[0][0] for kind, own in kinds}
-    return [d for d in evaluated if d.normalisation == usual[d.kind]]
+    normalisations = {kind: Counter(d.normalisation for d in own).most_common(1)[0][0] for kind, own in kinds}
+    usual = [d for d in evaluated if d.normalisation == normalisations[d.kind]]
+    compared = {d.ref for group in normalisation_variants(evaluated) for d in group}
+    others = {shape(d) for d in usual if d.ref not in compared}
+    return [d for d in usual if d.ref not in compared or shape(d) not in others]
 
 
 def _summary(dictionary: DictionaryFacts) -> str:
