@@ -98,13 +98,14 @@ class VLMBackend(ABC):
 
 @final
 class LocalBackend(VLMBackend):
-    """A model of transformers in memory; it answers one question at a time."""
+    """A model of transformers in memory; it answers one question at a time, while the next one's images are prepared."""
 
     def __init__(self, model: str, *, device: str | None = None, offline: bool = False, max_tokens: int = 512) -> None:
         """Load `model`, a folder or a hub name; answers have at most `max_tokens`."""
         import transformers
 
-        self.name, self._max_tokens, self._lock = model, max_tokens, Lock()
+        self.name, self._max_tokens = model, max_tokens
+        self._preparing, self._generating = Lock(), Lock()
         target = find_device(device)
         try:
             # The annotations of transformers name base classes, not the ones that it loads.
@@ -127,7 +128,7 @@ class LocalBackend(VLMBackend):
         """Generate a reply greedily."""
         images = [{"type": "image", "image": Image.open(io.BytesIO(view.png)).convert("RGB")} for view in views]
         text = {"type": "text", "text": f"{instruction.text}\n{objection}".rstrip()}
-        with self._lock, torch.inference_mode():
+        with self._preparing:
             inputs = self._processor.apply_chat_template(
                 [{"role": "user", "content": [*images, text]}],
                 add_generation_prompt=True,
@@ -135,9 +136,11 @@ class LocalBackend(VLMBackend):
                 return_dict=True,
                 return_tensors="pt",
             ).to(self._model.device, dtype=self._model.dtype)
-            tokens = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
+        with self._generating, torch.inference_mode():
+            tokens = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False).cpu()
         length = inputs["input_ids"].shape[1]
-        reply = self._processor.decode(tokens[0, length:], skip_special_tokens=True)
+        with self._preparing:  # a tokenizer is not for several threads
+            reply = self._processor.decode(tokens[0, length:], skip_special_tokens=True)
         return BackendReply(reply, TokenUsage(length, tokens.shape[1] - length, 0.0))
 
 
