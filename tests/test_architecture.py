@@ -94,7 +94,7 @@ ARROWS: dict[str, set[str]] = {
         "study",
         "training",
     },
-    "recipes": {"errors", "devices", "study", "commands"},
+    "recipes": {"choices", "commands", "errors", "pipeline", "study"},
     "cli": {"errors", "study", "commands"},
     "testing": {*GROUND, "pipeline", "features", "quiet"},
     "__main__": {"cli"},
