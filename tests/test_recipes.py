@@ -61,7 +61,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 return replace(command, effect_shots=0)
             case ConceptsCommand():
                 [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.2")]
-                return replace(command, images=200, noise=(0.5,), empty_prompts=True, site=(site,))
+                return replace(command, images=200, noise=(0.5,), empty_prompts=True, site=(site,), pixels=(64, 64))
             case CollectCommand():
                 sites = tuple(HERE.get(site, site) for site in command.site)
                 return replace(
@@ -69,7 +69,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                     site=sites,
                     dictionary=(),
                     images=24,
-                    **({"prompts": str(prompts), "pixels": (16, 24), "steps": 1} if command.prompts else {}),
+                    **({"prompts": str(prompts), "pixels": (16, 24), "steps": 1} if command.prompts else {"pixels": (64, 64)}),
                     top_examples=6,
                     random_examples=2,
                     silent_examples=2,
@@ -78,6 +78,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 return replace(command, dictionary=(), random_features=2, judged_images=2)
             case SteerEvalCommand():
                 one = ("double.1/topk-32-k2",)
+                command = replace(command, pixels=(64, 64))
                 return replace(
                     command, dictionary=one, groups=("colour",), min_ap=0.05, trials=1, pairs=1, strength=(1.0,), pixels=(64, 64)
                 )
@@ -91,7 +92,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                     "strength": (0.0,),
                     "pixels": (64, 64),
                 }
-                return replace(command, dictionary=("double.1/topk-32-k2",), **few)
+                return replace(command, dictionary=("double.1/topk-32-k2",), pixels=(64, 64), **few)
             case FindingsCommand():
                 few = {"groups": ("colour",), "concepts_per_group": 1, "trials": 1, "pairs": (1,), "strength": (0.1,)}
                 return replace(command, site="double.1", pixels=(64, 64), **few)
