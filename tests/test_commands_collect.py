@@ -12,7 +12,7 @@ from PIL import Image
 from difflex.cli import main
 from difflex.commands.estimates import estimate
 from difflex.commands.features import CollectCommand
-from difflex.commands.forecast import DictionaryForecast, Forecast
+from difflex.commands.forecast import DictionaryForecast, Forecast, Machine
 from difflex.commands.inputs import stored_strength
 from difflex.dictionaries import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.dictionaries.itda import AtomProvenance
@@ -114,8 +114,9 @@ def test_steering_takes_the_default_strength_from_the_book(study: Study, capsys:
 
 
 def test_the_cost_of_collecting_is_predicted(study: Study):
+    machine = Machine.with_cpu(1e11, 1 << 40)
     forecast = Forecast(
-        1e11, dictionaries={(study.folder, SITE): (DictionaryForecast(24, 4, 192), DictionaryForecast(6, 3, 192))}
+        machine, dictionaries={(study.folder, SITE): (DictionaryForecast(24, 4, 192), DictionaryForecast(6, 3, 192))}
     )
     both = estimate(forecast, CollectCommand(study=study.folder, images=100))
     assert (both.sites, both.tokens, both.unknown) == ((str(SITE),), 100 * 3 * 64, "")
@@ -123,7 +124,7 @@ def test_the_cost_of_collecting_is_predicted(study: Study):
     single = estimate(forecast, CollectCommand(study=study.folder, images=100, dictionary=(str(SAE_REF),)))
     assert drawn.tokens == 100 * 64 and single.bytes is not None and both.bytes == single.bytes + 6 * 4000
     assert both.seconds and single.seconds and single.seconds < both.seconds
-    assert "not known" in estimate(Forecast(1e11), CollectCommand(study=study.folder)).unknown
+    assert "not known" in estimate(Forecast(machine), CollectCommand(study=study.folder)).unknown
 
 
 def test_the_image_of_a_shot_is_the_final_image_of_its_run(study: Study):

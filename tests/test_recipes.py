@@ -78,7 +78,6 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 return replace(command, dictionary=(), random_features=2, judged_images=2)
             case SteerEvalCommand():
                 one = ("double.1/topk-32-k2",)
-                command = replace(command, pixels=(64, 64))
                 return replace(
                     command, dictionary=one, groups=("colour",), min_ap=0.05, trials=1, pairs=1, strength=(1.0,), pixels=(64, 64)
                 )
@@ -92,7 +91,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                     "strength": (0.0,),
                     "pixels": (64, 64),
                 }
-                return replace(command, dictionary=("double.1/topk-32-k2",), pixels=(64, 64), **few)
+                return replace(command, dictionary=("double.1/topk-32-k2",), **few)
             case FindingsCommand():
                 few = {"groups": ("colour",), "concepts_per_group": 1, "trials": 1, "pairs": (1,), "strength": (0.1,)}
                 return replace(command, site="double.1", pixels=(64, 64), **few)

@@ -178,6 +178,8 @@ def test_steer_eval_judges_features_and_all_baselines_and_reuses_results(tmp_pat
         "double.1:neurons",
         "--tokens",
         "20000",
+        "--steps",
+        "4",
         "--out",
     ]
     assert main([*words, study]) == 0

@@ -1,7 +1,6 @@
 """The form of the source: how docstrings begin, how classes are named, how large doors, files and functions may be."""
 
 import ast
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "difflex"
 DOOR = 10
 """Public names of a package or module that other stations import from; the package `difflex` itself shows more."""
 FILE, MEDIAN, FUNCTION = 400, 150, 60
-FILES, LINES = 185, 38_500
+FILES, LINES = 190, 39_000
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -77,14 +76,17 @@ def test_the_source_keeps_its_form():
         ("def f():\n" + "    pass\n" * FUNCTION, f"more than {FUNCTION}"),
     ],
 )
-def test_a_planted_violation_is_found(tmp_path: Path, addition: str, complaint: str):
-    source = shutil.copytree(SOURCE, tmp_path / "difflex", ignore=shutil.ignore_patterns("models", "__pycache__"))
-    with (source / "errors.py").open("a", encoding="utf-8") as planted:
-        planted.write(f"\n{addition}\n")
-    assert any(complaint in violation for violation in violations(sources(source)))
+def test_a_planted_violation_is_found(addition: str, complaint: str):
+    files = {place: text for place, text in sources(SOURCE).items() if place in ("errors.py", "records.py")}
+    assert not any(complaint in violation for violation in violations(files))
+    files["errors.py"] += f"\n{addition}\n"
+    assert any(complaint in violation for violation in violations(files))
 
 
 def test_too_many_too_short_and_too_long_sources_are_found():
     assert any(f"more than {FILES}" in violation for violation in violations({f"{i}.py": "" for i in range(FILES + 1)}))
     assert any("150 are wanted" in violation for violation in violations({"a.py": "\n" * 10}))
-    assert any(f"more than {LINES:,}" in violation for violation in violations({f"{i}.py": "\n" * FILE for i in range(1 + LINES // FILE)}))
+    assert any(
+        f"more than {LINES:,}" in violation
+        for violation in violations({f"{i}.py": "\n" * FILE for i in range(1 + LINES // FILE)})
+    )

@@ -99,7 +99,7 @@ class Machine:
         shape, moved = DictionaryForecast(SIZE, K, WIDTH), BUSY * bandwidth
         dense, fired = 2.0 * WIDTH * SIZE / product, SIZE * (1 - (1 - K / SIZE) ** BATCH)
         update = dense + (fired * WIDTH * ROW_BYTES / BATCH + K * WIDTH * PAIR_BYTES) / moved
-        pursuit = dense + 10.0 * K * SIZE / moved  # a row of the Gram matrix, and the correlations read and written
+        pursuit = dense + 16.0 * K * SIZE / moved  # scores and rows of pools, as benchmarks/gpu_parts/itda.py counts them
         rates = {
             "model": MODEL * product,
             "effect": EFFECT * product,
