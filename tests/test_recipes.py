@@ -140,6 +140,20 @@ def real_depth(family: str, folder: Path) -> list[str]:
     ]
 
 
+@pytest.fixture
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let recipes read few text tokens, which are most of the tokens of a tiny image."""
+    monkeypatch.setattr("difflex.recipes.PAPERS_TEXT", 8)
+
+
+@pytest.mark.parametrize("name", ["flux_schnell", "flux_dev"])
+def test_the_recipes_of_flux_read_as_many_text_tokens_as_the_published_code(name: str, tmp_path: Path):
+    commands = RECIPES[name](tmp_path).commands
+    lengths = {command.text_length for command in commands if isinstance(command, (AnatomyCommand, HarvestCommand))}
+    assert lengths == {512}
+
+
+@pytest.mark.usefixtures("short_texts")
 def test_one_command_makes_every_figure_of_the_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words, study = ["run", "flux_schnell", *real_depth("flux", tmp_path)], tmp_path / "study"
     assert main([*words, "--dry-run"]) == 0
@@ -154,6 +168,7 @@ def test_one_command_makes_every_figure_of_the_paper(tmp_path: Path, capsys: pyt
     assert main(words) == 0 and capsys.readouterr().out.count("done already") == 17
 
 
+@pytest.mark.usefixtures("short_texts")
 @pytest.mark.parametrize(
     ("recipe", "family", "flags"), [("flux_dev", "flux-dev", []), ("flux_schnell", "flux", ["--precision", "nf4"])]
 )

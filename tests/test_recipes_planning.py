@@ -260,6 +260,20 @@ def test_twice_the_images_take_twice_the_time(
     assert once > 1 and twice == pytest.approx(2 * once)
 
 
+def test_images_are_planned_with_the_settings_of_the_study_unless_flags_say_otherwise(tmp_path: Path):
+    forecast, findings = mini_flux_forecast(tmp_path), FindingsCommand(study=tmp_path, site="double.2")
+    stores = {key: store._replace(shot=replace(store.shot, steps=40)) for key, store in forecast.stores.items()}
+    usual, longer, as_usual = (
+        estimate(each, command).seconds or 0
+        for each, command in (
+            (forecast, findings),
+            (replace(forecast, stores=stores), findings),
+            (replace(forecast, stores=stores), replace(findings, steps=4)),
+        )
+    )
+    assert longer > 3 * usual and as_usual == usual
+
+
 def test_more_strengths_methods_and_dictionaries_take_more(tmp_path: Path):
     forecast = mini_flux_forecast(tmp_path)
     least = [

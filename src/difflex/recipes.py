@@ -41,6 +41,8 @@ DRAWN = "captions"
 """The captions of the drawn world."""
 KNOWN = "known"
 """The name of what answers from known concepts, where that of a VLM is expected."""
+PAPERS_TEXT = 512
+"""Text tokens in the code of arXiv 2505.24360; FLUX.1 schnell would read 256. The padding changes activations."""
 STORED = 400_000
 """Tokens of each site of a large model that are stored: for ITDA, normalisations and evaluation."""
 LATE = 0.5
@@ -189,6 +191,7 @@ def _flux(folder: Path, loading: Mapping[str, Any], tokens: int, vlm: str) -> St
     """Return a study of FLUX.1; `loading` are the flags that its commands which load it by name share."""
     middle, elsewhere = "double.18", ("double.9", "single.9", "single.18")
     inner, stored = f"{middle}:neurons", min(tokens, STORED)
+    loading = {**loading, "text_length": PAPERS_TEXT}
     # An ITDA grows from several times as many tokens as it has atoms, and SAEs are compared with an ITDA of their size.
     sizes = tuple(max(16, size * stored // STORED) for size in (16_384, 32_768, 65_536))
     k = min(64, sizes[0] // 16)

@@ -307,7 +307,7 @@ def _edited(
     scaled: bool = True,
 ) -> CostEstimate:
     """Images that are generated and judged, and the prompts of contrasts, `sides` in all, harvested to step `last`."""
-    model = forecast.studied(command.study, *(site for site, _ in shapes))
+    model = forecast.studied(command.study, command, *(site for site, _ in shapes))
     steps, tokens = last or model.shot.steps, {site: model.shapes[site][0] for site, _ in shapes}
     judged = JUDGED + (model.decode + LEVELS * model.step if scaled else 0.0)
     work = images * (judged + model.prompt + model.shot.steps * model.step + model.decode)

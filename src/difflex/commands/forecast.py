@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from difflex.choices import Precision
+from difflex.commands.flags import StudyImagesCommand
 from difflex.commands.inputs import UNTRAINED
 from difflex.devices import find_device, free_memory, gather_rate, machine_rate
 from difflex.errors import DifflexError
@@ -229,13 +230,16 @@ class Forecast:
         revision = None if (shot.revision or "").startswith(UNTRAINED) else shot.revision
         return profile_or_unknown(shot.model, map(str, sites), revision, shot.steps, shot.pixels, shot.guidance, shot.text_length)
 
-    def studied(self, folder: Path, *sites: Site) -> ModelProfile:
-        """Return the costs of the model of a study, in runs of its own steps, pixels and guidance."""
+    def studied(self, folder: Path, command: StudyImagesCommand, *sites: Site) -> ModelProfile:
+        """Return the costs of the model of a study, in runs like those of its harvest but for the flags of `command`."""
         shot = next((store.shot for (study, _), store in self.stores.items() if study == folder), None)
         model = shot or Study.open(folder)
-        return profile_or_unknown(
-            model.model, map(str, sites), None if (model.revision or "").startswith(UNTRAINED) else model.revision
-        )
+        run = shot or Study.open(folder).settings
+        given = [
+            getattr(run, name) if (value := getattr(command, name)) is None else value for name in ("steps", "pixels", "guidance")
+        ]
+        revision = None if (model.revision or "").startswith(UNTRAINED) else model.revision
+        return profile_or_unknown(model.model, map(str, sites), revision, *given, run.text_length)
 
 
 def profile_or_unknown(name: str, sites: Iterable[str], revision: str | None, *settings: Any) -> ModelProfile:
