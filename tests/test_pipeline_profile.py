@@ -1,5 +1,6 @@
 """Profiles of models from their configs: shapes at sites and costs of passes."""
 
+import json
 import socket
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import difflex
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.pipeline import profile_model
 from difflex.pipeline.profile import config_site_rows
 from difflex.records import Site
@@ -34,6 +35,14 @@ def test_the_profile_has_the_shape_of_every_site(family: str, tmp_path: Path):
     assert config_site_rows(str(tmp_path / family)) == pipe.sites()
     plain = next(pipe.shots(""))
     assert (profile.shot.pixels, profile.shot.steps, profile.shot.guidance) == (plain.pixels, plain.steps, plain.guidance)
+
+
+def test_configs_that_fit_no_model_are_named(tmp_path: Path):
+    index = tiny_folder("flux", tmp_path / "model") / "model_index.json"
+    index.write_text(json.dumps({name: entry for name, entry in json.loads(index.read_text()).items() if name != "vae"}))
+    for profiled in (config_site_rows, lambda name: profile_model(name, ())):
+        with pytest.raises(BrokenFile, match=r"The configs of the model .*Copy or download it again\."):
+            profiled(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("family", ["flux", "sdxl", "sd3"])

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
 from difflex.pipeline.calls import DenoiserCall
 from difflex.pipeline.components import PLANS, PipelinePlan
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import FAMILIES, Family, family_of
 from difflex.pipeline.sites import SiteMap, SiteModule, apply_at_site
-from difflex.pipeline.sources import ModelDefaults, check_text_length, find, plan_of, read_defaults
+from difflex.pipeline.sources import COPY_AGAIN, ModelDefaults, check_text_length, find, first_line, plan_of, read_defaults
 from difflex.pipeline.weights import MemoryNeed, count_weights
 from difflex.quiet import quiet
 from difflex.records import STREAMS, HookContext, Kind, Shot, Site
@@ -65,10 +65,22 @@ def config_site_rows(
     profiler = _Profiler.of(name, revision, offline, text_length)
     if not profiler.family.blocks:
         return []
-    copy = profiler.without_weights()
-    shot = Shot(model=name, pixels=profiler.checked(pixels), steps=1, guidance=0.0)
-    kwargs, call = profiler.arguments(copy, shot)
-    return _rows(copy, profiler.family, pattern, call, (), kwargs)
+    with _fitting_configs(name):
+        copy = profiler.without_weights()
+        shot = Shot(model=name, pixels=profiler.checked(pixels), steps=1, guidance=0.0)
+        kwargs, call = profiler.arguments(copy, shot)
+        return _rows(copy, profiler.family, pattern, call, (), kwargs)
+
+
+@contextmanager
+def _fitting_configs(name: str) -> Iterator[None]:
+    """Turn what a model of any configs raises when it is built and called into an error that names the configs."""
+    try:
+        yield
+    except DifflexError:
+        raise
+    except Exception as error:
+        raise BrokenFile(f"The configs of the model '{name}' do not fit each other: {first_line(error)}. {COPY_AGAIN}") from error
 
 
 def _rows(
@@ -175,6 +187,19 @@ def profile_model(
     text_length: int | None = None,
 ) -> ModelProfile:
     """Profile the model `name` at `sites` (default: all blocks) from its configs; nothing is loaded or downloaded."""
+    with _fitting_configs(name):
+        return _profile(name, sites, revision, steps, pixels, guidance, text_length)
+
+
+def _profile(
+    name: str,
+    sites: tuple[str, ...],
+    revision: str | None,
+    steps: int | None,
+    pixels: tuple[int, int] | None,
+    guidance: float | None,
+    text_length: int | None,
+) -> ModelProfile:
     profiler = _Profiler.of(name, revision, offline=True, text_length=text_length)
     plan, family, _ = profiler
     if not family.blocks:

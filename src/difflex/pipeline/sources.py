@@ -167,7 +167,9 @@ def plan_of(source: ModelSource, offline: bool) -> PipelinePlan:
         if isinstance(error, DifflexError):
             raise
         if source.folder is not None:
-            raise BrokenFile(f"The configs of the model in {source.folder} cannot be read: {_first_line(error)}") from error
+            raise BrokenFile(
+                f"The configs of the model in {source.folder} cannot be read: {first_line(error)}. {COPY_AGAIN}"
+            ) from error
         raise _unreachable(source, offline, error) from error
 
 
@@ -186,7 +188,7 @@ def _unreachable(source: ModelSource, offline: bool, error: Exception) -> Unknow
     where = "the local cache of the hub" if offline else "the hub"
     revision = f" at revision {source.revision}" if source.revision else ""
     # diffusers reports only that this file is missing, whatever the reason.
-    reason = "it has no such diffusers pipeline or cannot be reached" if INDEX in str(error) else _first_line(error)
+    reason = "it has no such diffusers pipeline or cannot be reached" if INDEX in str(error) else first_line(error)
     return UnknownName(
         f"The model '{source.name}'{revision} could not be read from {where}: {reason}. "
         f"Models inside the package: {', '.join(embedded()) or 'none'}. {NAMES}"
@@ -228,7 +230,7 @@ def check_weights(folder: Path) -> None:
             with safe_open(path, "pt"):  # reads the header and compares it with the size of the file
                 pass
         except (SafetensorError, OSError, ValueError) as error:
-            raise BrokenFile(f"{path} is truncated or damaged: {_first_line(error)}. {COPY_AGAIN}") from error
+            raise BrokenFile(f"{path} is truncated or damaged: {first_line(error)}. {COPY_AGAIN}") from error
     for path in sorted(folder.glob("*/*.index.json")):
         for shard in sorted(set(_read_index(path).get("weight_map", {}).values())):
             if not (path.parent / shard).is_file():
@@ -259,7 +261,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype, **components: object) -> Dif
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # readers of diffusers, transformers, tokenizers: each has its own errors for a damaged file
-        raise BrokenFile(f"The model in {folder} cannot be read: {_first_line(error)}. {COPY_AGAIN}") from error
+        raise BrokenFile(f"The model in {folder} cannot be read: {first_line(error)}. {COPY_AGAIN}") from error
     for part, component in pipeline.components.items():
         if isinstance(component, nn.Module) and part not in components:
             _check_stored(folder / part, component)
@@ -307,5 +309,7 @@ def check_finite(name: str, pipeline: DiffusionPipeline) -> None:
                 )
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+def first_line(error: BaseException) -> str:
+    """Return the first line of a message, without its full stop."""
+    message = f"the entry {error} is missing" if isinstance(error, KeyError) else str(error)
+    return message.strip().split("\n")[0].removesuffix(".")
