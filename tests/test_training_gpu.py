@@ -1,6 +1,7 @@
 """The update that never waits for its device: against the CPU's update, without a GPU where that is possible."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,32 @@ def test_a_training_goes_on_where_no_graph_can_be_captured():
         else:
             without.update(batch(number), 1e-3)
     assert torch.equal(expected.parameters.weights.encoder, without.parameters.weights.encoder)
+
+
+def test_graphs_share_the_memory_of_those_in_use_but_not_of_those_that_are_gone():
+    """CUDA forgets the memory of graphs with the last of them: naming it again is an error."""
+    pools = iter(range(10))
+
+    class Graph:
+        number = -1
+
+        def pool(self) -> int:
+            return self.number
+
+    def capture(graph: Graph, pool: int | None, **_: str) -> nullcontext[None]:
+        graph.number = next(pools) if pool is None else pool
+        return nullcontext()
+
+    learners = [learner(PLAIN, DENSE) for _ in range(3)]
+    with patch("torch.cuda.CUDAGraph", Graph), patch("torch.cuda.graph", capture):
+        graphs = [each._on_device._captured(batch(0), 0) for each in learners[:2] if each._on_device is not None]
+        assert [graph.pool() for graph in graphs] == [0, 0]
+        del graphs[0]
+        graphs += [each._on_device._captured(batch(0), 0) for each in learners[2:] if each._on_device is not None]
+        assert [graph.pool() for graph in graphs] == [0, 0]
+        graphs.clear()
+        last = learners[0]._on_device
+        assert last is not None and last._captured(batch(0), 0).pool() == 1
 
 
 def test_a_captured_update_reads_every_new_batch_number_and_rate():

@@ -8,10 +8,12 @@ before, and the update makes room for so many: none, or a power of 2.
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple, final
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int
@@ -26,8 +28,8 @@ WARM_UPDATES = 3
 """Updates of the same shapes before a graph is captured: by then all kernels are compiled."""
 HORIZON = 64
 """Updates for which a bound of the number of dead features is computed, at most."""
-_POOLS: dict[torch.device, Any] = {}
-"""The memory that all graphs on a device share: one runs at a time, and none leaves anything there."""
+_GRAPHS: dict[torch.device, WeakSet[Any]] = defaultdict(WeakSet)
+"""The graphs in use on each device. They share their memory: one runs at a time, and none leaves anything there."""
 
 
 class DeviceMetrics(NamedTuple):
@@ -139,8 +141,9 @@ class DeviceUpdate:
     def _captured(self, centred: Tensor, room: int) -> Any:
         """Return a graph of the update; None if it cannot be captured."""
         try:
-            graph = torch.cuda.CUDAGraph()
-            pool = _POOLS.setdefault(centred.device, torch.cuda.graph_pool_handle())
+            graph, graphs = torch.cuda.CUDAGraph(), _GRAPHS[centred.device]
+            other = next(iter(graphs), None)  # memory whose last graph is gone cannot be named any more
+            pool = None if other is None else other.pool()
             # Other threads may use the GPU meanwhile, for example to harvest.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._run(centred, room)
@@ -148,6 +151,7 @@ class DeviceUpdate:
             warnings.warn(f"Training goes on without a CUDA graph, somewhat slower: {error}", stacklevel=2)
             self._warm = -(1 << 62)
             return None
+        graphs.add(graph)
         return graph
 
     def _run(self, centred: Float[Tensor, "token width"], room: int) -> None:
