@@ -1,8 +1,10 @@
 """Training at several sites at once, from a running harvest: groups that fit the memory, compact checkpoints, kills."""
 
+import gc
 import multiprocessing
 import signal
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +24,9 @@ from difflex.study import Study
 from difflex.training import FitConfig, fit
 from difflex.training.config import training_cost
 from difflex.training.data import SiteBatch
-from difflex.training.fitting import FitRun, FitTask
+from difflex.training.fitting import FitMember, FitRun, FitTask
 from difflex.training.groups import fit_tasks
+from difflex.training.learner import Learner
 from difflex.training.study import SweepConfig, train_live
 
 HERE, THERE = ORIGIN.site, Site("single.0")
@@ -46,8 +49,9 @@ def tasks(folder: Path) -> dict[Path, FitTask]:
     return {folder / f"{name}-{k}": FitTask(origins[name], replace(SMALL, k=k)) for name in origins for k in (2, 4)}
 
 
-def train(folder: Path, config: FitConfig = CONFIG, replay: bool = True) -> dict[Path, SAE]:
-    return dict(fit_tasks(tasks(folder), both, config=config, device=torch.device("cpu"), replay=replay))
+def train(folder: Path, config: FitConfig = CONFIG, replay: bool = True, kept: int = 0) -> dict[Path, SAE]:
+    device = torch.device("cpu")
+    return dict(fit_tasks(tasks(folder), both, config=config, device=device, replay=replay, prepare=lambda: kept))
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +79,8 @@ def test_what_does_not_fit_together_is_trained_in_groups_and_said_beforehand(
     monkeypatch.setattr("difflex.training.groups.BATCH", 64)
     monkeypatch.setattr("difflex.training.config.SCORES", {"cpu": 0})
     cost = training_cost([(task.training, 16) for task in tasks(tmp_path).values()], batch=64, sites=[16, 16])
-    monkeypatch.setattr("difflex.training.groups.free_memory", lambda device: cost.device - 1)
-    train(tmp_path, replace(CONFIG, progress=True))
+    monkeypatch.setattr("difflex.training.groups.free_memory", lambda device: cost.device)
+    train(tmp_path, replace(CONFIG, progress=True), kept=1)  # by the harvest
     assert "4 SAEs take 0.0 GB, 0.0 GB are free: trained in 2 groups of 2, one after another." in capsys.readouterr().out
     assert all_same(alone, tmp_path)
 
@@ -101,6 +105,24 @@ def test_a_group_that_runs_out_of_memory_is_halved_and_loses_nothing(
         (tmp_path / place.name / "dictionary.safetensors").read_bytes() == (place / "dictionary.safetensors").read_bytes()
         for place in tasks(alone)
     )
+
+
+def test_the_state_of_a_training_is_gone_when_the_next_dictionary_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    learners: list[weakref.ref[Learner]] = []
+    whole = FitMember.dictionary
+
+    def noted(member: FitMember, *arguments: object) -> SAE:
+        assert all(learner() is None for learner in learners)
+        learners.append(weakref.ref(member.learner))
+        return whole(member, *arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(FitMember, "dictionary", noted)
+    gc.disable()
+    try:
+        train(tmp_path)
+    finally:
+        gc.enable()
+    assert len(learners) == 4
 
 
 def test_an_sae_that_runs_out_of_memory_alone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

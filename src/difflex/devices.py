@@ -10,7 +10,7 @@ import torch
 
 from difflex.errors import BadInput
 
-__all__ = ["find_device", "free_memory", "machine_rate", "total_memory", "use_gpu_of_rank"]
+__all__ = ["cached_memory", "find_device", "free_memory", "machine_rate", "total_memory", "use_gpu_of_rank"]
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux reports the memory limit of a container."""
@@ -42,12 +42,16 @@ def free_memory(device: torch.device | str) -> int:
     """Return the bytes that can be allocated on `device`; on a CPU within the memory limit of the container."""
     device = torch.device(device)
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for new tensors
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return torch.cuda.mem_get_info(device)[0] + cached_memory(device)
     if not MEMINFO.is_file():  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     entries = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     return int(min(int(entries["MemAvailable"].split()[0]) * 1024, _free_in_container()))
+
+
+def cached_memory(device: torch.device | None = None) -> int:
+    """Return the bytes of a GPU that torch keeps for new tensors."""
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def total_memory() -> int:

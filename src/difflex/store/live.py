@@ -12,6 +12,7 @@ from typing import Literal, final
 
 import torch
 
+from difflex.devices import cached_memory
 from difflex.errors import BadInput, UnknownName
 from difflex.records import ActivationBatch, Activations, Shot, Site, Split
 from difflex.store.manifest import SPLITS, check_split
@@ -115,12 +116,18 @@ class LiveSites(AbstractContextManager["LiveSites"]):
         shots = None if most is None else -(-most // self.tokens)
         return self.tokens * sum(1 for _ in islice(self._numbers(split), shots))
 
-    def fill_memory(self) -> None:
-        """Harvest a batch of the largest size and drop it, so that what the harvest needs of a GPU is not taken by others."""
+    def fill_memory(self) -> int:
+        """Harvest a batch of the largest size, drop it, and return the bytes of a GPU that torch keeps for the next one.
+
+        They count as free, but whoever takes them takes them from the harvest.
+        """
         numbers = list(islice(self._numbers("train"), self._batch))
+        if self._cuda is not None:
+            torch.cuda.empty_cache()
         with self._on_stream():
             for _ in self._harvest([self.shot(number) for number in numbers], self.sites, self._batch):
                 pass
+        return 0 if self._cuda is None else cached_memory()
 
     def shot(self, number: int) -> Shot:
         """Return the shot with this number: all that is needed to make its activations again."""

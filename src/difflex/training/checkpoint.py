@@ -65,7 +65,7 @@ def load_state(
     if not path.exists():
         return None
     rows = ranks.features(config.size)
-    header, tensors = read_tensors(path, FORMAT, RESTART, device=device, rows=dict.fromkeys(ROWWISE, rows))
+    header, tensors = read_tensors(path, FORMAT, RESTART, rows=dict.fromkeys(ROWWISE, rows))  # to the CPU: a GPU holds them once
     check_same(path, "data", header.get("data"), data)
     check_same(path, "settings", header.get("training"), config.as_json())
     is_compact = _expand(tensors)
@@ -75,7 +75,7 @@ def load_state(
     if weights.keys() != expected or len(weights["encoder"]) != rows.stop - rows.start:
         raise BrokenFile(f"The training state {path} has no weights of {config.label}: it has {sorted(weights)}. {RESTART}")
     with parsing(path, "a training state", RESTART):
-        learner = Learner(config, SAEWeights.from_tensors(weights), ranks)
+        learner = Learner(config, SAEWeights.from_tensors({name: tensor.to(device) for name, tensor in weights.items()}), ranks)
         for name, tensor in _tensors(learner).items():
             if name not in tensors and is_compact:  # a first moment starts at zero, an average at the weight
                 continue
@@ -85,7 +85,7 @@ def load_state(
         for name, kind in COUNTS.items():
             setattr(learner, name, None if header[name] is None else kind(header[name]))
         learner.metrics = None if header["metrics"] is None else UpdateMetrics(**header["metrics"])
-        return learner, Normalisation.from_saved(header["normalisation"], tensors)
+        return learner, Normalisation.from_saved(header["normalisation"], tensors).to(device)
 
 
 def saved_width(path: Path) -> int | None:

@@ -154,7 +154,7 @@ class BatchFeed:
                 break
         if not moments:
             raise BadInput("Training got a stream without batches. Harvest some activations first.")
-        return {site: DataPreview(moments[site], torch.cat(vectors[site])[:PREVIEW]) for site in covariance}
+        return {site: DataPreview(moments[site], torch.cat(vectors.pop(site))[:PREVIEW]) for site in covariance}
 
     def _first_batches(self) -> Iterator[SiteBatch]:
         """Yield the batches from the first one on, to be trained on later."""

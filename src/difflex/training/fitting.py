@@ -171,6 +171,8 @@ class FitRun:
             preview.warn_of_dead_features(training.normalisation)
             self._normalisations[scheme] = preview.moments.normalisation(training.normalisation, training.clip)
         weights = initial_weights(training, self._normalisations[scheme].apply(preview.vectors))
+        if self._ranks.by_feature.world_size == 1:
+            return Learner(training, weights, self._ranks)
         rows = self._ranks.features(training.size)
         own = {name: tensor[rows].clone() if name not in VECTORS else tensor for name, tensor in weights.tensors().items()}
         return Learner(training, SAEWeights.from_tensors(own), self._ranks)
@@ -209,8 +211,12 @@ class FitRun:
             warnings.warn(f"The stream ended after {self._tokens()} of {total} tokens: training ends there.", stacklevel=3)
 
     def finish(self) -> Iterator[tuple[Path, SAE]]:
-        """Save the last checkpoints and the dictionaries, and yield these; what has not changed is not written."""
+        """Save the last checkpoints and the dictionaries, and yield these; what has not changed is not written.
+
+        A member ends here, so that its memory is that of the dictionaries.
+        """
         for member in self._finite_members():
+            self._members.remove(member)
             path, learner = member.folder / STATE, member.learner
             is_over = self._config.checkpoints == "compact" and learner.tokens >= self._config.tokens
             changed = is_over or self._save(member) or not (member.folder / "config.json").exists()
@@ -261,7 +267,10 @@ class FitRun:
         """Yield the members whose weights are finite; then raise an error about the first of the others."""
         members = [member for member in self._members if member is not skip]
         diverged = [member for member in members if not member.learner.is_finite()]
-        yield from (member for member in members if member not in diverged)
+        finite = [member for member in members if member not in diverged]
+        del members  # a member that the caller drops is dropped
+        while finite:
+            yield finite.pop(0)
         if diverged:
             learner = diverged[0].learner
             raise NonFinite(

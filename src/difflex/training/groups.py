@@ -63,12 +63,12 @@ def fit_tasks(
     config: FitConfig,
     device: torch.device,
     replay: bool = False,
-    prepare: Callable[[], None] | None = None,
+    prepare: Callable[[], int] | None = None,
 ) -> Iterator[tuple[Path, SAE]]:
     """Train the SAEs of several sites, as `fit` does, and yield each when it is finished.
 
     `replay`: batches are costly to read again, and those of the statistics are kept in memory until they are trained on.
-    `prepare` is called if there is something to train, before the free memory is measured.
+    `prepare` is called if there is something to train; it returns the bytes of the device that are not for the training.
     """
     unfinished = {}
     for folder, task in tasks.items():
@@ -83,9 +83,8 @@ def fit_tasks(
         for folder in unfinished if ranks.rank == 0 else ():
             locks.enter_context(folder_lock(folder))
         feed = BatchFeed(batches, ranks, device, sharded=config.sharded, replay=replay)
-        if prepare is not None:
-            prepare()
-        groups = _plan(unfinished, feed, config, ranks, device)
+        kept = 0 if prepare is None else prepare()
+        groups = _plan(unfinished, feed, config, ranks, device, kept)
         while groups:
             group, unsaved = groups.pop(0), {}
             try:
@@ -133,9 +132,9 @@ def load_finished(folder: Path, training: TrainingConfig, config: FitConfig) -> 
 
 
 def _plan(
-    tasks: Mapping[Path, FitTask], feed: BatchFeed, config: FitConfig, ranks: TrainingRanks, device: torch.device
+    tasks: Mapping[Path, FitTask], feed: BatchFeed, config: FitConfig, ranks: TrainingRanks, device: torch.device, kept: int
 ) -> list[list[Path]]:
-    """Divide the SAEs into groups that fit the free memory, and say so if there are several."""
+    """Divide the SAEs into groups that fit the free memory but for `kept` bytes, and say so if there are several."""
     folders, widths = list(tasks), _widths(tasks, feed)
     cost = training_cost(
         [(task.training, widths[task.origin.site]) for task in tasks.values()],
@@ -145,7 +144,7 @@ def _plan(
         sites=[*widths.values()],
         checkpoints=config.checkpoints,
     )
-    free = int(ranks.broadcast(torch.tensor([free_memory(device)], device=device)))
+    free = int(ranks.broadcast(torch.tensor([free_memory(device) - kept], device=device)))
     # Ranks on a CPU share its memory.
     usable = int(free * USABLE) if device.type == "cuda" else free // ranks.world_size
     if (groups := cost.groups(usable)) is None:
@@ -208,7 +207,8 @@ def _on(sae: SAE, device: torch.device | str) -> SAE:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, OutOfMemory)) or "can't allocate memory" in str(error)
+    texts = ("can't allocate memory", "out of memory")  # of a CPU, and of an MPS device or the driver of a GPU
+    return isinstance(error, (torch.OutOfMemoryError, OutOfMemory)) or any(text in str(error) for text in texts)
 
 
 def _free(device: torch.device) -> None:
