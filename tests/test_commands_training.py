@@ -367,6 +367,7 @@ def test_live_and_stored_training_find_dictionaries_alike(study: Path, tmp_path:
     [
         (["--window", "512"], "--window needs --live"),
         (["--pixels", "16", "--steps", "3"], "--pixels, --steps needs --live"),
+        (["--guidance", "0"], "--guidance needs --live"),
         (["--live", "--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--live", "--also", "double.77"], "double.77"),
         (["--live", "--prompts", "captions"], "endless: say how many --tokens"),

@@ -103,7 +103,7 @@ class TrainCommand(StudyImagesCommand):
         )
         if self.live:
             return self._train_live(config)
-        if given := [flag for flag, value in self._flags_of_live().items() if value]:
+        if given := [flag for flag, value in self._flags_of_live().items() if value is not None and value is not False]:
             raise BadInput(f"{', '.join(given)} needs --live: without it, activations come from the disk.")
         return train_sweep(Study.open(self.study), self.site, config, on_trained=_print_sae, also=self.also)
 
@@ -129,6 +129,8 @@ class TrainCommand(StudyImagesCommand):
         from difflex.store.live import LiveSites
         from difflex.training.study import train_live
 
+        if not self.site:
+            raise BadInput("Name at least one --site.")
         use_gpu_of_rank()
         study = open_study(self.study, self, reserve=self._least_memory(config) if self.precision == "auto" else 0)
         settings = study.settings
@@ -148,8 +150,6 @@ class TrainCommand(StudyImagesCommand):
         steps = "all" if settings.keep_steps is None else "{}:{}".format(*settings.keep_steps)
         also = pipe.expand(self.also)
         sites = [*pipe.expand(self.site), *also]
-        if not self.site:
-            raise BadInput("Name at least one --site.")
         harvest = partial(pipe.harvest, progress=False)
         with LiveSites(shots, sites, harvest, batch=self.harvest_batch) as activations:
             return train_live(study, activations, config, f"{source}, steps {steps}", on_trained=_print_sae, also=also)
