@@ -369,6 +369,7 @@ def test_live_and_stored_training_find_dictionaries_alike(study: Path, tmp_path:
         (["--pixels", "16", "--steps", "3"], "--pixels, --steps needs --live"),
         (["--guidance", "0"], "--guidance needs --live"),
         (["--live", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--live", "--prompts-column", "text"], "--prompts-column needs --prompts"),
         (["--live", "--also", "double.77"], "double.77"),
         (["--live", "--prompts", "captions"], "endless: say how many --tokens"),
     ],

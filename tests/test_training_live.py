@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_training import CONFIG, ORIGIN, SMALL, batches, flip, interrupted_at, log, same, trained
 
 from difflex.dictionaries import SAE, Dictionary
-from difflex.errors import BrokenFile, OutOfMemory
+from difflex.errors import BadInput, BrokenFile, OutOfMemory
 from difflex.records import ActivationBatch, Site
 from difflex.store.live import LiveSites
 from difflex.study import Study
@@ -207,6 +207,12 @@ def live(folder: Path, config: SweepConfig = LIVE, delay: float = 0.0) -> int:
     with LiveSites(fake_shots(None), SITES, harvest, batch=4) as activations:
         train_live(study, activations, config, "fake prompts", also=[SITES[1]])
     return harvest.shot_count
+
+
+def test_a_window_that_exceeds_the_memory_of_the_machine_is_refused(tmp_path: Path):
+    with pytest.raises(BadInput, match=r"--window 10,000,000,000,000 takes .* Choose a smaller one, such as 65,536\."):
+        live(tmp_path, replace(LIVE, window=10**13))
+    assert not dictionaries(tmp_path) and not list(tmp_path.rglob("*.safetensors"))
 
 
 def dictionaries(folder: Path) -> list[Path]:

@@ -131,6 +131,8 @@ class TrainCommand(StudyImagesCommand):
 
         if not self.site:
             raise BadInput("Name at least one --site.")
+        if self.prompts_column is not None and self.prompts is None:
+            raise BadInput("--prompts-column needs --prompts: the study keeps the column of its own prompts.")
         use_gpu_of_rank()
         study = open_study(self.study, self, reserve=self._least_memory(config) if self.precision == "auto" else 0)
         settings = study.settings

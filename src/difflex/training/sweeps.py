@@ -212,7 +212,7 @@ def train_live(
     with process_group():
         ranks, widths, shot, device = Ranks(), activations.widths, activations.shot(0), find_device()
         share, batch = config.share(ranks), config.tokens_per_update
-        window = config.window or _window_for(sum(widths.values()))
+        window = _window_for(sum(widths.values()), config.window)
         tokens = activations.count() if config.tokens is None else config.tokens
         most = VECTORS_PER_AXIS * max(widths.values())
         epoch = activations.count(most=most)  # of no more prompts than statistics need
@@ -253,12 +253,17 @@ def train_live(
         return list(tasks)
 
 
-def _window_for(width: int) -> int:
+def _window_for(width: int, asked: int | None) -> int:
     """Return the rows of a window of sites that are `width` wide together; it depends on the machine alone, for resuming."""
-    window = WINDOW
-    while window > 1024 and 2 * WINDOWS * window * width > MEMORY * total_memory():
+    row, memory, window = 2 * WINDOWS * width, total_memory(), WINDOW
+    while window > 1024 and window * row > MEMORY * memory:
         window //= 2
-    return window
+    if asked is not None and asked * row > memory:
+        raise BadInput(
+            f"--window {asked:,} takes {asked * row / 1e9:,.1f} GB of memory at sites that are {width:,} wide together, and this "
+            f"machine has {memory / 1e9:,.1f} GB. Choose a smaller one, such as {window:,}."
+        )
+    return asked or window
 
 
 @contextmanager
