@@ -214,6 +214,13 @@ def test_the_harvest_runs_ahead_by_one_window_and_no_more():
     assert not [thread for thread in threading.enumerate() if thread.name == "harvest"]
 
 
+def test_the_memory_that_a_harvest_needs_is_that_of_two_whole_batches():
+    harvest = FakeHarvest()
+    with LiveSites(fake_shots(None, steps=3), SITES, harvest, batch=4) as sites:
+        assert sites.fill_memory() == 0  # bytes of a GPU
+    assert harvest.shot_count == 2 * 4 * 3
+
+
 def test_an_error_of_the_harvest_reaches_the_reader():
     def broken(shots, sites, batch):
         yield from FakeHarvest()(shots[:1], sites, 1)

@@ -117,11 +117,11 @@ class LiveSites(AbstractContextManager["LiveSites"]):
         return self.tokens * sum(1 for _ in islice(self._numbers(split), shots))
 
     def fill_memory(self) -> int:
-        """Harvest a batch of the largest size, drop it, and return the bytes of a GPU that torch keeps for the next one.
+        """Harvest two batches of the largest size, drop them, and return the bytes of a GPU that torch keeps for the next ones.
 
-        They count as free, but whoever takes them takes them from the harvest.
+        They count as free, but whoever takes them takes them from the harvest. A GPU computes a batch before one is used.
         """
-        numbers = list(islice(self._numbers("train"), self._batch))
+        numbers = list(islice(self._numbers("train"), 2 * self._batch * self._shots_per_run()))
         if self._cuda is not None:
             torch.cuda.empty_cache()
         with self._on_stream():

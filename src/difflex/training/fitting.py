@@ -109,8 +109,8 @@ class FitMember:
     def dictionary(self, data: str, dtype: WeightsDtype) -> SAE:
         """Return the SAE with the features of all ranks, rounded to how it is stored."""
         learner, config, weights = self.learner, self.learner.config, trained_weights(self.learner)
-        if dtype == "bf16":
-            weights = replace(weights, encoder=weights.encoder.bfloat16().float(), decoder=weights.decoder.bfloat16().float())
+        for matrix in (weights.encoder, weights.decoder) if dtype == "bf16" else ():
+            matrix.copy_(matrix.bfloat16())
         record: dict[str, Json] = {
             "config": config.as_json(),
             "data": data,
