@@ -56,7 +56,7 @@ def test_settings_are_kept_and_replaced(tmp_path: Path):
         ('{"format": 1, "model": "x", "revision": ["y"]}', "'revision' is"),
         ('{"format": 1, "model": "x", "settings": {"precison": "nf4"}}', "setting 'precison' is unknown"),
         ('{"format": 1, "model": "x", "settings": {"pixels": 64}}', "settings in .* cannot be used"),
-        ('{"format": 1, "model": "x", "settings": []}', "settings in .* cannot be used"),
+        ('{"format": 1, "model": "x", "settings": []}', "settings in .* cannot be used: they are a list"),
         ('{"format": 1, "model": ' + 5000 * "9" + "}", "not JSON"),
         ('{"format": 1, "model": ' + 100_000 * "[", "not JSON"),
     ],

@@ -39,6 +39,7 @@ run       | run recipe.py:study --out ran
 status    | status ran
 compare   | compare study ran --out compared.html
 report    | report study
+live      | train study --live --site double.0 --also double.1:text --size 16 --k 3 --tokens 512 --batch 64 --window 256
 generate  | generate model star --steps 1 --out grid.png
 sites     | sites model
 models    | models

@@ -58,6 +58,8 @@ class StudySettings:
     @classmethod
     def from_json(cls, entries: Mapping[str, Any]) -> StudySettings:
         """Return the settings that `as_json` gave."""
+        if not isinstance(entries, Mapping):
+            raise BadInput(f"they are a {type(entries).__name__} instead of names with values.")
         known = {field.name for field in fields(cls)}
         if unknown := sorted(entries.keys() - known):
             raise BadInput(f"The setting '{unknown[0]}' is unknown; the settings of a study are {', '.join(sorted(known))}.")
