@@ -150,7 +150,7 @@ def test_a_harvest_that_continues_keeps_the_precision_that_was_chosen_for_it(stu
         words = ["harvest", "mini-flux", "--site", "double.2", "--prompts", "captions", "--tokens", "100", "--precision", "auto"]
         with pytest.raises(ModelLoaded):
             main([*words, "--out", str(out)])
-    assert chosen == [("nf4", True), ("auto", False)]
+    assert chosen == [("nf4", True), ("fp32", False)]
 
 
 def test_images_are_steered_at_the_size_of_the_study(study: Path, tmp_path: Path):

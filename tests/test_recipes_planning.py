@@ -356,6 +356,9 @@ def test_memory_is_that_of_the_machine(tmp_path: Path):
     small = Forecast(Machine.with_gpu(**CARD, gpu=24 * 10**9))
     estimate(small, replace(harvest, precision="auto"))
     assert small.held[tmp_path] == ("nf4", False)
+    middle = Forecast(Machine.with_gpu(**CARD, gpu=40 * 10**9))
+    estimate(middle, replace(harvest, precision="auto"))  # the weights in bf16 fit, but nothing besides
+    assert middle.held[tmp_path] == ("bf16", True)
     small.add(tmp_path, Site("double.18"), [DictionaryForecast(65_536, 64, 3072)])
     inherited, other = (estimate(small, replace(evaluate, precision=name)).memory for name in (None, "bf16"))
     assert inherited and other and inherited.gpu and other.gpu and inherited.gpu < 24e9 < other.gpu

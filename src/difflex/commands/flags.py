@@ -27,6 +27,8 @@ SIZES = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 MOST_SEEDS, MOST_NUMBERS = 1_000_000, 1000
 """Numbers in a range, and in a list."""
 LARGEST_SEED = 2**63 - 1
+LEFT_FREE = 0.25
+"""The share of a GPU that a precision which is chosen for a study leaves free: for images, activations and trainings."""
 LARGEST = 10_000_000
 """The largest size of a dictionary, number of a feature or number in a list."""
 MOST_PIXELS = 8192
@@ -255,19 +257,37 @@ class ModelCommand(Command):
     """Use only the local cache of the hub."""
 
     def load(self, out: Path | None = None) -> "Pipeline":
-        """Load the model; a precision that is chosen by memory is that of the study in `out`, if there is one."""
+        """Load the model, if it is for the study in `out`, with the precision that was chosen for that by memory."""
         import difflex
 
-        kept = Study.open(out).settings if self.precision == "auto" and out and (out / "study.json").is_file() else None
-        precision = self.precision if kept is None else kept.precision or self.precision
+        precision, offload = self.precision, self.offload
+        if precision == "auto" and out is not None:
+            precision, offload = self._fit(out)
         return difflex.load(
             self.model,
             precision=precision,
             revision=self.revision,
             untrained=self.untrained,
-            offload=self.offload or (kept is not None and kept.offload),
+            offload=offload,
             offline=self.offline,
             text_length=self.text_length,
+        )
+
+    def _fit(self, out: Path) -> tuple[Precision, bool]:
+        """Return the precision that the study in `out` has, or that leaves a new one memory to work, and whether to offload."""
+        from difflex.devices import find_device, free_memory
+        from difflex.pipeline import choose_precision
+
+        kept = Study.open(out).settings if (out / "study.json").is_file() else None
+        if kept is not None and kept.precision is not None:
+            return kept.precision, self.offload or kept.offload
+        return choose_precision(
+            self.model,
+            revision=self.revision,
+            offload=True if self.offload else None,
+            untrained=self.untrained,
+            offline=self.offline,
+            reserve=round(LEFT_FREE * free_memory(find_device())),
         )
 
 

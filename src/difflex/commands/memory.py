@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from difflex.choices import Precision
-from difflex.commands.flags import StudyModelCommand
+from difflex.commands.flags import LEFT_FREE, StudyModelCommand
 from difflex.commands.forecast import CostEstimate, DictionaryForecast, Forecast, Machine, harvesting
 from difflex.commands.training import TrainCommand
 from difflex.dictionaries.itda import GRAM_SHARE
@@ -60,7 +60,8 @@ def resolve(machine: Machine, model: ModelProfile, precision: str | None, offloa
     if precision != "auto":
         return ("bf16" if precision is None else _known(precision)), offload
     choices = [choice for choice in CHOICES if choice[1] or not offload]
-    return next((choice for choice in choices if _weights(model, *choice, "cuda").device <= machine.gpu), choices[-1])
+    room = (1 - LEFT_FREE) * machine.gpu
+    return next((choice for choice in choices if _weights(model, *choice, "cuda").device <= room), choices[-1])
 
 
 def _known(precision: Any) -> Precision:
