@@ -63,13 +63,14 @@ def test_the_anatomy_is_measured_again_only_with_other_flags_or_prompts(
     for command in (
         anatomy_command(model, prompts),
         anatomy_command(model, prompts),
+        replace(anatomy_command(model, prompts), text_length=23),
         replace(anatomy_command(model, prompts), steps=1),
     ):
         command()
-    assert len(calls) == 2
+    assert len(calls) == 3
     prompts.write_text("a red star\na blue heart\n")
     replace(anatomy_command(model, prompts), steps=1)()
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 def test_a_damaged_anatomy_is_measured_again(model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch):

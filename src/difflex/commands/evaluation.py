@@ -216,6 +216,7 @@ class AnatomyCommand(ModelCommand):
             model=shot.model,
             revision=shot.revision,
             precision=shot.precision,
+            text_length=shot.text_length,
             pixels=shot.pixels,
             steps=shot.steps,
             guidance=shot.guidance,

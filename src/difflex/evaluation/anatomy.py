@@ -80,6 +80,8 @@ class AnatomyInputs:
     sites: tuple[Site, ...]
     spectra: tuple[Site, ...]
     """Sites whose spectrum is measured."""
+    text_length: int | None = None
+    """Of a prompt; None for the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

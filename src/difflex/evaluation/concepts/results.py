@@ -129,6 +129,8 @@ class MatchInputs:
     """Fingerprint of the dictionary; None for a baseline."""
     precision: str | None = None
     """Of the model's weights; None if the study does not say."""
+    text_length: int | None = None
+    """Of a prompt; None for the model's own."""
 
     @property
     def settings(self) -> tuple[str, ConceptsConfig]:

@@ -57,6 +57,7 @@ def match_studies(
             images=images.name,
             config=config,
             precision=study.settings.precision,
+            text_length=study.settings.text_length,
         )
         stored += _match_study(study, selection, inputs, partial(_labelled_at, images, open_model(study), config))
     return stored
