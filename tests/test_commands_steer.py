@@ -80,6 +80,8 @@ def test_a_recorded_edit_is_replayed_exactly_and_refused_after_its_dictionary_ch
     assert steer(study, PLACE, alive[0], *flags, "--out", str(first)) == 0
     assert steer(study, "--replay", str(record), "--out", str(again)) == 0
     assert first.read_bytes() == again.read_bytes()
+    assert steer(study, "--replay", str(record), "--steps", "3", "--out", str(again)) == 2
+    assert "leave out --steps" in capsys.readouterr().err
     folder = study / "dictionaries" / SITE / LABEL
     changed = Dictionary.load(folder)
     changed.bias.add_(1.0)  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,6 +16,7 @@ from difflex.commands.flags import (
     BATCH,
     COUNT,
     STEPS,
+    THE_STUDYS,
     WHOLE,
     NoiseLevels,
     Pixels,
@@ -65,13 +66,13 @@ class CollectCommand(StudyModelCommand):
     """Generate images from these prompts: a file, a folder, a data set or `captions`, as for difflex harvest."""
     seeds: Seeds = range(1)
     """Seeds for each of the --prompts; END is excluded."""
-    steps: Annotated[int | None, STEPS, arg(help_behavior_hint="(default: that of the study)")] = None
+    steps: Annotated[int | None, STEPS, arg(help_behavior_hint=THE_STUDYS)] = None
     """Number of denoising steps, with --prompts."""
     keep_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Steps to take activations from, with --prompts; END is excluded."""
-    pixels: Annotated[Pixels, arg(help_behavior_hint="(default: that of the study)")] = None
+    pixels: Annotated[Pixels, arg(help_behavior_hint=THE_STUDYS)] = None
     """Image size, with --prompts or --drawn-world; with --folder, images are resized and cropped to it."""
-    guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint="(default: that of the study)")] = None
+    guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint=THE_STUDYS)] = None
     """Guidance scale, with --prompts."""
     folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
     """Use the images in this folder, noised; NAME.txt holds the prompt of NAME.jpg."""

@@ -81,6 +81,8 @@ class SteerCommand(StudyImagesCommand):
         replay = None if self.replay is None else EditRecord.load(self.replay)
         if replay is not None:
             replay.check(editor)
+            if given := [f"--{name}" for name in ("pixels", "steps", "guidance") if getattr(self, name) is not None]:
+                raise BadInput(f"A replay has the settings that were recorded: leave out {', '.join(given)}.")
         pipe = load_study_model(editor.study.run_in(replay.shot.precision if replay and not self.precision else None), self)
         if replay is not None:
             pipe.engine.set_text_length(replay.shot.text_length)
