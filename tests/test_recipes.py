@@ -340,6 +340,12 @@ def test_what_is_no_file_is_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.count("difflex: ") == 3
 
 
+def test_an_endpoint_is_refused_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["run", "flux_schnell", "--vlm", "http://localhost/v1", "--out", str(tmp_path / "study")]) == 2
+    assert "difflex explain STUDY --vlm ADDRESS --model NAME" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "study").exists()
+
+
 def test_an_unknown_verb_to_stop_at_is_refused_in_a_dry_run_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["run", "mini", "--out", str(tmp_path / "study"), "--dry-run", "--until"]
     assert main([*words, "zzz"]) == 2 and "The verb 'zzz' is unknown" in capsys.readouterr().err
