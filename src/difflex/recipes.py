@@ -333,8 +333,8 @@ class RunCommand(Command):
             raise BadInput("--gpu is for plans: add --dry-run, or leave it out to run on the GPU that is here.")
         if "://" in (self.vlm or ""):
             raise BadInput(
-                "--vlm names a model that runs here: a folder or a name on the hub. For an endpoint leave it out, and at the end run "
-                "difflex explain STUDY --vlm ADDRESS --model NAME."
+                "--vlm names a model that runs here: a folder or a name on the hub. For an endpoint leave it out, and at the end "
+                "run difflex explain STUDY --vlm ADDRESS --model NAME."
             )
         folder = self.out or Path(self.recipe.rpartition(":")[2])
         options = {**self._earlier(folder), **self._given()}
