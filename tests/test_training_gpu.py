@@ -1,8 +1,10 @@
 """The update that never waits for its device: against the CPU's update, without a GPU where that is possible."""
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -11,8 +13,10 @@ import pytest
 import torch
 from test_training_update import AUXK, BATCH, CASES, PLAIN, SIZE, WIDTH, batch
 
-from difflex.dictionaries import Normalisation, SAEWeights
+from difflex.dictionaries import DictionaryOrigin, Normalisation, SAEWeights
 from difflex.errors import NonFinite
+from difflex.records import ActivationBatch, Site
+from difflex.training import FitConfig, fit
 from difflex.training.checkpoint import load_state, save_state
 from difflex.training.config import TrainingConfig
 from difflex.training.data import TrainingRanks
@@ -154,6 +158,22 @@ def test_a_loss_that_is_not_finite_stops_the_updates_and_is_raised_when_measured
     assert stopped.updates == 2
     for name, tensor in expected.parameters.weights.tensors().items():
         assert torch.equal(tensor, stopped.parameters.weights.tensors()[name])
+
+
+def test_rows_that_fail_every_sae_on_a_device_are_named(tmp_path: Path):
+    def poisoned(start: int) -> Iterator[ActivationBatch]:
+        for number in count(start):
+            values = batch(number)
+            values[5, 3] = math.nan if number == 12 else values[5, 3]
+            yield ActivationBatch(values, torch.arange(len(values)) + 100, torch.zeros(len(values), dtype=torch.long))
+
+    def with_engine(*arguments: object) -> Learner:
+        return Learner(*arguments, engine=DENSE)  # pyright: ignore[reportArgumentType]
+
+    config = FitConfig(tokens=20 * BATCH, log_every=5, checkpoint_every=5, progress=False)
+    places = {tmp_path / name: replace(PLAIN, normalisation="none") for name in ("first", "second")}
+    with patch("difflex.training.fitting.Learner", with_engine), pytest.raises(NonFinite, match=r"Batch 12 holds NaN.*shot 105"):
+        fit(places, poisoned, origin=DictionaryOrigin(site=Site("double.1")), config=config)
 
 
 def test_a_resumed_training_equals_one_that_was_never_stopped(tmp_path: Path):

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, final
@@ -247,7 +248,8 @@ class FitRun:
                 is_last = learner.tokens + len(batch[site].values) * self._ranks.world_size >= self._config.tokens
                 learner.update(normalised[member.scheme], rate, measure=noted or is_last)
             except NonFinite as error:
-                self._checkpoint(skip=member)
+                with suppress(NonFinite):  # on a GPU, others have failed by the same rows
+                    self._checkpoint(skip=member)
                 if learner.updates != number:  # a GPU notices it when it is measured
                     batch = next(self._feed.batches(learner.updates))
                 raise NonFinite(self._non_finite_loss(learner.updates, batch[site], member)) from error

@@ -168,7 +168,7 @@ def sweep_cost(config: SweepConfig, widths: Sequence[int], *, also: Sequence[int
         trainings,
         batch=config.tokens_per_update,
         device=device,
-        window=(config.window or WINDOW) if config.live else 0,
+        window=_window_for(sum((*widths, *also)), config.window) if config.live else 0,
         sites=(*widths, *also),
         checkpoints=config.checkpoint_kind,
         weights=config.weights,
