@@ -347,6 +347,8 @@ def test_a_sheet_can_be_drawn_in_every_style(study: Study, tmp_path: Path, capsy
         (["collect", "STUDY", "--site", "double.9"], "The site 'double.9' is unknown"),
         (["collect", "STUDY", "--drawn-world", "--prompts", "captions"], "three sources of images"),
         (["collect", "STUDY", "--folder", "nowhere"], "There is no folder nowhere"),
+        (["collect", "STUDY", "--pixels", "64", "--steps", "2"], "--steps, --pixels would change nothing"),
+        (["collect", "STUDY", "--drawn-world", "--guidance", "0"], "--guidance would change nothing"),
         (["features", "STUDY"], "has 3 books. Name one with --dictionary"),
         (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--sort", "densty"], "The column 'densty' is unknown"),
         (["features", "STUDY", "--dictionary", "double.0/itda-6-k3", "--sort", "concept"], "Run difflex concepts first"),

@@ -99,6 +99,10 @@ class CollectCommand(StudyModelCommand):
 
         if sum(map(bool, (self.prompts, self.folder, self.drawn_world))) > 1:
             raise BadInput("--prompts, --folder and --drawn-world are three sources of images. Use one of them.")
+        fixed = ["steps", "keep_steps", "guidance", *([] if self.folder or self.drawn_world else ["pixels"])]
+        if ignored := [name for name in fixed if not self.prompts and getattr(self, name) is not None]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+            raise BadInput(f"{flags} would change nothing: these images have settings of their own. Name others with --prompts.")
         study = open_study(self.study, self)
         refs = (study.select_largest if self.largest else study.select_dictionaries)(self.site, self.dictionary)
         counts = {name: getattr(self, name) for name in ("top_examples", "random_examples", "silent_examples")}
