@@ -1,7 +1,7 @@
 """int8: its rounding adds under 1 % of its variance to every principal axis, and its basis survives kills, damage and ranks."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,6 +164,22 @@ def test_a_damaged_basis_is_noticed_and_made_again(tmp_path: Path, damage):
         with pytest.raises(BrokenFile, match=BASIS):
             work(Store.open(tmp_path / SITE.folder))
     record(tmp_path, fake_shots(48), [SITE], FakeHarvest(), INT8)
+    assert contents(tmp_path) == before
+
+
+def uneven(shots: Iterable[Shot], sites: Sequence[Site], batch: int) -> Iterator[Activations]:
+    """Harvest fewer tokens at the second site, so that its units need more shots."""
+    for activations in FakeHarvest()(shots, sites, batch):
+        tokens = 2 if activations.site == SITES[1] else 8
+        yield replace(activations, values=activations.values[:, :tokens], grid=None)
+
+
+def test_a_lost_basis_is_made_again_whatever_was_harvested_with_it(tmp_path: Path):
+    record(tmp_path, fake_shots(80), SITES[:2], uneven, INT8)
+    before = contents(tmp_path)
+    for site in SITES[:2]:
+        (tmp_path / site.folder / BASIS).unlink()
+        record(tmp_path, fake_shots(80), [site], uneven, INT8)
     assert contents(tmp_path) == before
 
 

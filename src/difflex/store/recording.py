@@ -2,7 +2,7 @@
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -150,29 +150,36 @@ def _plan(
     else:
         total = shots_for(config.tokens or 0, [recorder.head.form for recorder in recorders], len(run))
     check_disk(recorders, config.max_bytes, total, run, shots if isinstance(shots, list) else run)
-    first = list(islice(chain(run, rest), _first_shots(recorders, len(run), total)))
-    _fix_bases(recorders, first, harvest, config)
+    counts = {each.site: _first_shots(each.head, len(run), total) for each in recorders if each.lacks_basis}
+    first = list(islice(chain(run, rest), max(counts.values(), default=0)))
+    _fix_bases(recorders, first, counts, harvest, config.batch)
     for recorder in recorders:
         recorder.check_rows(total)
     return chain(first or run, rest), total
 
 
-def _first_shots(recorders: Sequence[SiteRecorder], run: int, total: int) -> int:
-    """Return how many shots fix the units of int8 where they are not known yet, in whole runs of `run` shots."""
-    heads = [recorder.head for recorder in recorders if recorder.lacks_basis]
-    shots = max((max(FIRST_SHOTS, -(-ROWS * head.width // head.tokens)) for head in heads), default=0)
-    return min(-(-shots // run) * run, total)
+def _first_shots(head: StoreHeader, run: int, total: int) -> int:
+    """Return how many shots fix the units of int8 at a site, in whole batches of runs of `run` shots.
+
+    It depends on nothing else, so that a lost basis is made again from the same batches, whatever sites are harvested with it.
+    """
+    batch = head.batch * run
+    return min(-(-max(FIRST_SHOTS, -(-ROWS * head.width // head.tokens)) // batch) * batch, total)
 
 
-def _fix_bases(recorders: Sequence[SiteRecorder], shots: Sequence[Shot], harvest: Harvest, config: RecordingConfig) -> None:
-    """Harvest the first shots for the units of int8, at the sites where they are not known yet."""
-    tallies = {recorder.site: BasisTally() for recorder in recorders if recorder.lacks_basis}
-    if not tallies:
+def _fix_bases(
+    recorders: Sequence[SiteRecorder], shots: Sequence[Shot], counts: Mapping[Site, int], harvest: Harvest, batch: int
+) -> None:
+    """Harvest `shots`, of which the first few fix the units of int8 at each site where they are not known yet."""
+    if not counts:
         return
-    for activations in harvest(shots, list(tallies), config.batch):
-        tallies[activations.site].add(activations.values)
+    tallies = {site: BasisTally() for site in counts}
+    firsts = {site: set(shots[:count]) for site, count in counts.items()}
+    for activations in harvest(shots, list(counts), batch):
+        if firsts[activations.site].issuperset(activations.shots):
+            tallies[activations.site].add(activations.values)
     for recorder in recorders:
-        if recorder.site in tallies:
+        if recorder.site in counts:
             recorder.set_basis(tallies[recorder.site].basis())
 
 
