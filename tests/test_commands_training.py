@@ -349,7 +349,7 @@ def test_live_training_harvests_with_the_settings_of_the_study(harvested: Path, 
     assert train(study, *LIVE, "--also", "single.0", "--k", "3,4", "--weights", "bf16") == 0
     assert capsys.readouterr().out == output and snapshot(study) == before
     assert train(study, "--live", "--window", "1024") == 2
-    assert "other data" in capsys.readouterr().err
+    assert "other data: window 512, not window 1024." in capsys.readouterr().err
 
 
 def test_live_and_stored_training_find_dictionaries_alike(study: Path, tmp_path: Path):

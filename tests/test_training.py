@@ -148,6 +148,12 @@ def test_a_finished_training_changes_no_file(tmp_path: Path, monkeypatch: pytest
         fit({tmp_path / "new": SMALL, tmp_path: SMALL}, interrupted_at(0), origin=ORIGIN, config=CONFIG)
 
 
+def test_a_training_of_a_version_without_a_bias_of_the_input_counts_as_finished(tmp_path: Path):
+    trained(tmp_path)
+    assert "pre_bias" not in json.loads((tmp_path / "config.json").read_text())["training"]["config"]
+    assert "pre_bias" in replace(SMALL, pre_bias=True).as_json()
+
+
 def read_only(path: Path) -> tuple[Path, int]:
     raise OSError(errno.EROFS, "")
 

@@ -154,7 +154,7 @@ class TrainCommand(StudyImagesCommand):
         sites = [*pipe.expand(self.site), *also]
         harvest = partial(pipe.harvest, progress=False)
         with LiveSites(shots, sites, harvest, batch=self.harvest_batch) as activations:
-            return train_live(study, activations, config, f"{source}, steps {steps}", on_trained=_print_sae, also=also)
+            return train_live(study, activations, config, f"prompts {source}, steps {steps}", on_trained=_print_sae, also=also)
 
 
 def _print_sae(folder: Path, sae: "SAE") -> None:

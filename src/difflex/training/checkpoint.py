@@ -162,7 +162,10 @@ def _gather(name: str, tensor: Tensor, ranks: TrainingRanks) -> Tensor:
 
 
 def _without(value: Json, other: Json) -> Json:
-    """Return `value` without the entries that are the same in `other`."""
+    """Return `value` without the entries, or the parts between commas, that are the same in `other`."""
+    if isinstance(value, str) and isinstance(other, str):
+        same = other.split(", ")
+        return ", ".join(part for part in value.split(", ") if part not in same) or value
     if isinstance(value, Mapping) and isinstance(other, Mapping):
         return {name: _without(entry, other.get(name)) for name, entry in value.items() if other.get(name) != entry}
     return value
