@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import difflex
@@ -225,6 +226,14 @@ def test_the_error_for_a_model_that_does_not_fit_names_an_option_that_would(monk
     assert message(2, WeightPlacement("bf16", False, 1)).startswith("The model 'FLUX.1-dev' needs 31.4 GiB in bf16")
     monkeypatch.setattr(loading, "free_memory", lambda device: 40 * 2**30)
     check_fits("FLUX.1-dev", plan, family, gpu, WeightPlacement("bf16", False, 1))
+
+
+def test_the_error_for_a_missing_weight_names_it(tmp_path: Path):
+    path = tiny_folder("flux", tmp_path / "model") / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "proj_out.weight"}, path)
+    with pytest.raises(BrokenFile, match=r"do not hold the weights transformer\.proj_out\.weight"):
+        difflex.load(tmp_path / "model", device="cpu")
 
 
 def test_the_error_for_a_damaged_config_names_the_component(tmp_path: Path):

@@ -22,7 +22,17 @@ from difflex.pipeline.components import PLANS, PipelinePlan, build_components, b
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import Family, family_of
 from difflex.pipeline.pipeline import Pipeline
-from difflex.pipeline.sources import ModelSource, check_finite, check_weights, fetch, find, plan_of, read_defaults, read_pipeline
+from difflex.pipeline.sources import (
+    ModelSource,
+    check_finite,
+    check_weights,
+    check_whole,
+    fetch,
+    find,
+    plan_of,
+    read_defaults,
+    read_pipeline,
+)
 from difflex.pipeline.weights import MemoryNeed, compute_dtype, count_weights, four_bit_layers
 from difflex.quiet import quiet
 
@@ -74,6 +84,7 @@ def load(
     pipeline.set_progress_bar_config(disable=True)
     engine = Engine(pipeline, family, read_defaults(source.folder, family, plan))
     engine.set_text_length(text_length)
+    check_whole(source.name, pipeline)
     if not sharded and not offload and (device.type != "cpu" or precision != "nf4"):
         pipeline.to(device)
     check_finite(source.name, pipeline)  # on the GPU where possible: there it takes no time

@@ -294,13 +294,19 @@ def _ending(name: str) -> str:
     return ".".join(name.split(".")[-4:])
 
 
-@torch.no_grad()
-def check_finite(name: str, pipeline: DiffusionPipeline) -> None:
-    """Raise an error that names the first tensor of a model that holds NaN or infinity, or that its files do not hold."""
+def check_whole(name: str, pipeline: DiffusionPipeline) -> None:
+    """Raise an error that names the first tensor of a model that its files do not hold."""
     for part, component in pipeline.components.items():
         for path, tensor in component.state_dict().items() if isinstance(component, nn.Module) else ():
             if tensor.is_meta:
                 raise BrokenFile(f"The files of the model '{name}' do not hold the weights {part}.{path}. {COPY_AGAIN}")
+
+
+@torch.no_grad()
+def check_finite(name: str, pipeline: DiffusionPipeline) -> None:
+    """Raise an error that names the first tensor of a model that holds NaN or infinity."""
+    for part, component in pipeline.components.items():
+        for path, tensor in component.state_dict().items() if isinstance(component, nn.Module) else ():
             # A sum of finite numbers may overflow, but one with NaN or infinity is never finite.
             if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
                 raise NonFinite(
