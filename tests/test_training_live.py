@@ -76,11 +76,10 @@ def test_saes_of_several_sites_are_those_that_are_trained_alone(tmp_path: Path, 
 def test_what_does_not_fit_together_is_trained_in_groups_and_said_beforehand(
     tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("difflex.training.groups.BATCH", 64)
     monkeypatch.setattr("difflex.training.config.SCORES", {"cpu": 0})
     cost = training_cost([(task.training, 16) for task in tasks(tmp_path).values()], batch=64, sites=[16, 16])
     monkeypatch.setattr("difflex.training.groups.free_memory", lambda device: cost.device)
-    train(tmp_path, replace(CONFIG, progress=True), kept=1)  # by the harvest
+    train(tmp_path, replace(CONFIG, batch=64, progress=True), kept=1)  # by the harvest
     assert "4 SAEs take 0.0 GB, 0.0 GB are free: trained in 2 groups of 2, one after another." in capsys.readouterr().out
     assert all_same(alone, tmp_path)
 

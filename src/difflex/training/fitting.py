@@ -50,6 +50,8 @@ class FitConfig:
 
     tokens: int
     """Activations to train on."""
+    batch: int = 4096
+    """Tokens of a batch, as the forecast of its memory expects them."""
     epoch: int | None = None
     """Activations in one epoch of a stream that repeats; statistics are taken from no more than these."""
     data: str = ""

@@ -23,8 +23,6 @@ from difflex.training.config import SweepCost, TrainingConfig, training_cost
 from difflex.training.data import Batches, BatchFeed, SiteBatch, SiteBatches, TrainingRanks
 from difflex.training.fitting import STATE, FitConfig, FitRun, FitTask
 
-BATCH = 4096
-"""Tokens of a batch for the forecast of its memory, before the first one is read."""
 USABLE = 0.95
 """The share of a GPU's free memory that is planned with: some of it is lost between blocks."""
 
@@ -138,7 +136,7 @@ def _plan(
     folders, widths = list(tasks), _widths(tasks, feed)
     cost = training_cost(
         [(task.training, widths[task.origin.site]) for task in tasks.values()],
-        batch=BATCH,
+        batch=config.batch,
         device="cuda" if device.type == "cuda" else "cpu",
         parts=ranks.by_feature.world_size,
         sites=[*widths.values()],

@@ -119,6 +119,7 @@ class SweepConfig:
         """Return how they are trained on `tokens` of `data`."""
         return FitConfig(
             tokens=tokens,
+            batch=self.tokens_per_update,
             epoch=epoch,
             data=data,
             checkpoint_every=CHECKPOINT_EVERY,
