@@ -237,6 +237,13 @@ def located(name: str) -> str:
     return os.path.abspath(name) if name not in embedded() and os.path.exists(name) else name
 
 
+def memory_to_work() -> int:
+    """Return the bytes that a precision which is chosen for a study leaves free."""
+    from difflex.devices import find_device, free_memory
+
+    return round(LEFT_FREE * free_memory(find_device()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelCommand(Command):
     """A command that loads a model by name."""
@@ -275,7 +282,6 @@ class ModelCommand(Command):
 
     def _fit(self, out: Path) -> tuple[Precision, bool]:
         """Return the precision that the study in `out` has, or that leaves a new one memory to work, and whether to offload."""
-        from difflex.devices import find_device, free_memory
         from difflex.pipeline import choose_precision
 
         kept = Study.open(out).settings if (out / "study.json").is_file() else None
@@ -287,7 +293,7 @@ class ModelCommand(Command):
             offload=True if self.offload else None,
             untrained=self.untrained,
             offline=self.offline,
-            reserve=round(LEFT_FREE * free_memory(find_device())),
+            reserve=memory_to_work(),
         )
 
 

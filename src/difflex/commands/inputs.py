@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from difflex.commands.flags import StudyImagesCommand, StudyModelCommand
+from difflex.commands.flags import StudyImagesCommand, StudyModelCommand, memory_to_work
 from difflex.errors import BadInput, BrokenFile, DiskError, StaleWork, UnknownName
 from difflex.features import Book
 from difflex.files import file_sha256
@@ -81,7 +81,7 @@ def study_shots(pipe: "Pipeline", settings: StudySettings, prompts: PromptSource
 def open_study(folder: Path, command: StudyModelCommand, reserve: int = 0) -> Study:
     """Open a study whose model runs as the study says unless the flags of `command` say otherwise: its `settings` say how.
 
-    A precision that is chosen by memory leaves `reserve` bytes free.
+    A precision that is chosen by memory leaves at least `reserve` bytes free.
     """
     if command.offload and command.no_offload:
         raise BadInput("--offload and --no-offload exclude each other. Leave one of them out.")
@@ -95,6 +95,7 @@ def open_study(folder: Path, command: StudyModelCommand, reserve: int = 0) -> St
         from difflex.pipeline import choose_precision
 
         offload = True if command.offload else False if command.no_offload else None
+        reserve = max(reserve, memory_to_work())
         fit = choose_precision(study.model, offload=offload, offline=command.offline, reserve=reserve, **_model_arguments(study))
         changes |= fit._asdict()
     elif command.precision is not None:
