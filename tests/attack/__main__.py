@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -78,8 +79,10 @@ def _few(cases: Sequence[Case]) -> list[Case]:
 def _import_everything() -> None:
     """Import what commands import when they run, so that forked ones need not; no thread may be started."""
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared by forked processes: one that is killed with it would stop all others
     import difflex
     from difflex.testing import tiny_folder
 
