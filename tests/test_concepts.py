@@ -33,7 +33,7 @@ from difflex.evaluation.concepts.labels import (
     token_labels,
 )
 from difflex.evaluation.concepts.matching import FeatureMethod, principal_axes, random_directions
-from difflex.evaluation.concepts.probe import linear_probe
+from difflex.evaluation.concepts.probe import LinearProbe
 from difflex.evaluation.concepts.results import ConceptMatches, MatchingConfig, MatchInputs, matches_table
 from difflex.evaluation.concepts.sources import grid_shares
 from difflex.records import Activations, Codes, Shot, Site
@@ -191,14 +191,14 @@ def test_a_feature_that_fits_only_training_images_scores_low():
 
 def test_the_probe_finds_separable_concepts_and_nothing_in_noise():
     labelled = planted()
-    logits = linear_probe(labelled)
     held_out = labelled.held_out
+    noise = torch.rand(TOKENS, 8, generator=torch.Generator().manual_seed(6))
+    logits, of_noise = (
+        LinearProbe.fit(x[~held_out], labelled.truth[:, ~held_out], 1e-4).logits(x).T for x in (labelled.values, noise)
+    )
     for concept in range(4):
         assert average_precision_score(labelled.truth[concept, held_out].numpy(), logits[concept, held_out].numpy()) > 0.99
-    noise_logits = linear_probe(
-        LabelledActivations(**{**vars(labelled), "values": torch.rand(TOKENS, 8, generator=torch.Generator().manual_seed(6))})
-    )
-    assert average_precision_score(labelled.truth[0, held_out].numpy(), noise_logits[0, held_out].numpy()) < 0.35
+    assert average_precision_score(labelled.truth[0, held_out].numpy(), of_noise[0, held_out].numpy()) < 0.35
 
 
 def shared(parts: list[list[int]]) -> tuple[FeatureFirings, Tensor]:

@@ -61,7 +61,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 return replace(command, effect_shots=0)
             case ConceptsCommand():
                 [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.2")]
-                return replace(command, images=200, noise=(0.5,), empty_prompts=True, site=(site,), pixels=(64, 64))
+                return replace(command, images=80, noise=(0.5,), empty_prompts=True, site=(site,), pixels=(64, 64))
             case CollectCommand():
                 sites = tuple(HERE.get(site, site) for site in command.site)
                 return replace(
@@ -140,25 +140,18 @@ def real_depth(family: str, folder: Path) -> list[str]:
     ]
 
 
-@pytest.fixture
-def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let recipes read few text tokens, which are most of the tokens of a tiny image."""
-    monkeypatch.setattr("difflex.recipes.PAPERS_TEXT", 8)
-
-
-@pytest.mark.parametrize("name", ["flux_schnell", "flux_dev"])
-def test_the_recipes_of_flux_read_as_many_text_tokens_as_the_published_code(name: str, tmp_path: Path):
-    commands = RECIPES[name](tmp_path).commands
-    lengths = {command.text_length for command in commands if isinstance(command, (AnatomyCommand, HarvestCommand))}
-    assert lengths == {512}
-
-
-@pytest.mark.usefixtures("short_texts")
-def test_one_command_makes_every_figure_of_the_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words, study = ["run", "flux_schnell", *real_depth("flux", tmp_path)], tmp_path / "study"
-    assert main([*words, "--dry-run"]) == 0
-    table = capsys.readouterr().out
-    assert "unknown" not in table and table.count("to do") == 17 and not study.exists()
+@pytest.mark.parametrize(
+    ("recipe", "family", "flags"),
+    [
+        ("flux_schnell", "flux", []),
+        pytest.param("flux_schnell", "flux", ["--precision", "nf4"], marks=pytest.mark.slow),
+        pytest.param("flux_dev", "flux-dev", [], marks=pytest.mark.slow),
+    ],
+)
+def test_one_command_makes_every_figure_of_the_paper(
+    recipe: str, family: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words, study = ["run", recipe, *real_depth(family, tmp_path), *flags], tmp_path / "study"
     assert main(words) == 0
     with open(study / "report" / "paper.csv", encoding="utf-8", newline="") as file:
         figures = {row["figure"]: row for row in csv.DictReader(file)}
@@ -168,24 +161,14 @@ def test_one_command_makes_every_figure_of_the_paper(tmp_path: Path, capsys: pyt
     assert main(words) == 0 and capsys.readouterr().out.count("done already") == 17
 
 
-@pytest.mark.usefixtures("short_texts")
-@pytest.mark.parametrize(
-    ("recipe", "family", "flags"), [("flux_dev", "flux-dev", []), ("flux_schnell", "flux", ["--precision", "nf4"])]
-)
-def test_other_models_and_precisions_of_flux_begin(
-    recipe: str, family: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    words = ["run", recipe, *real_depth(family, tmp_path), *flags]
-    assert main([*words, "--dry-run"]) == 0
+def test_a_study_of_flux_is_planned_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["run", "flux_dev", *real_depth("flux-dev", tmp_path), "--precision", "nf4", "--dry-run"]) == 0
     assert "unknown" not in (table := capsys.readouterr().out) and table.count("to do") == 17
-    assert main([*words, "--until", "anatomy"]) == 0
-    assert "every command up to anatomy is done" in capsys.readouterr().out
-    assert Anatomy.load(tmp_path / "study" / "anatomy.json").inputs
+    assert not (tmp_path / "study").exists()
 
 
-@pytest.mark.parametrize("name", ["mini", "sdxl_turbo"])
-def test_every_recipe_runs_to_its_end_and_again_does_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    study = planned(name, tmp_path / "study")
+def test_the_study_of_sdxl_turbo_runs_to_its_end_and_again_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study = planned("sdxl_turbo", tmp_path / "study")
     run_study(study)
     all_is_done(study, capsys)
 
@@ -206,18 +189,20 @@ def test_the_full_study_has_neurons_and_an_untrained_control(tmp_path: Path, cap
     assert {status.state for status in command_statuses(planned("mini_full", tmp_path / "moved"))} == {"done"}
 
 
-def test_new_prompts_repeat_everything_and_a_new_dictionary_only_itself(tmp_path: Path):
+def test_new_prompts_repeat_everything_and_a_new_dictionary_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study, prompts, messages = planned("mini", tmp_path / "study"), tmp_path / "prompts.txt", list[str]()
-    run_study(study, report=messages.append)
+    run_study(study)
+    all_is_done(study, capsys)
     before = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
     anatomy, harvest, train, *rest = study.commands
     assert isinstance(train, TrainCommand)
-    run_study(replace(study, commands=(anatomy, harvest, replace(train, k=(2, 3, 4)), *rest)), report=messages.append)
+    more = replace(study, commands=(anatomy, harvest, replace(train, k=(2, 3, 4)), *rest))
+    run_study(more, until="evaluate", report=messages.append)
     after = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
     assert after.items() >= before.items() and len(after) == len(before) + 1
     assert not [line for line in messages if "deleted" in line]
     prompts.write_text("\n".join(f"red moon {number}" for number in range(200)))
-    run_study(study, report=messages.append)
+    run_study(study, until="evaluate", report=messages.append)
     assert len([line for line in messages if "deleted" in line]) >= 1 + len(before)
     for place, weights in before.items():
         assert study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() != weights

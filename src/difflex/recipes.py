@@ -41,8 +41,6 @@ DRAWN = "captions"
 """The captions of the drawn world."""
 KNOWN = "known"
 """The name of what answers from known concepts, where that of a VLM is expected."""
-PAPERS_TEXT = 512
-"""Text tokens in the code of arXiv 2505.24360; FLUX.1 schnell would read 256. The padding changes activations."""
 STORED = 400_000
 """Tokens of each site of a large model that are stored: for ITDA, normalisations and evaluation."""
 LATE = 0.5
@@ -166,7 +164,8 @@ def flux_schnell(
     """Return arXiv 2505.24360 on FLUX.1 schnell with all its figures: SAEs and ITDA at four sites, k and size at one, neurons.
 
     The SAEs are trained while the model runs. A `vlm` explains features; without one they are compared with known concepts, which
-    explain them if the prompts are the captions of the drawn world.
+    explain them if the prompts are the captions of the drawn world. The model reads 256 text tokens, as its authors' code does;
+    the published code reads 512.
     """
     loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
     return _flux(folder, {**loading, "steps": 1, "guidance": 0.0}, tokens, vlm)
@@ -191,7 +190,6 @@ def _flux(folder: Path, loading: Mapping[str, Any], tokens: int, vlm: str) -> St
     """Return a study of FLUX.1; `loading` are the flags that its commands which load it by name share."""
     middle, elsewhere = "double.18", ("double.9", "single.9", "single.18")
     inner, stored = f"{middle}:neurons", min(tokens, STORED)
-    loading = {**loading, "text_length": PAPERS_TEXT}
     # An ITDA grows from several times as many tokens as it has atoms, and SAEs are compared with an ITDA of their size.
     sizes = tuple(max(16, size * stored // STORED) for size in (16_384, 32_768, 65_536))
     k = min(64, sizes[0] // 16)

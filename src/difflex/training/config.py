@@ -174,7 +174,7 @@ class TrainingConfig:
         return max(held, 12 * self.size * width)  # every rank draws all initial weights
 
     def as_json(self) -> dict[str, Json]:
-        """Return the settings as plain JSON, as versions without a `pre_bias` did, so that what they trained counts as trained."""
+        """Return the settings as plain JSON, as versions without a `pre_bias` did: what these trained counts as trained."""
         entries = asdict(self)
         if not self.pre_bias:
             del entries["pre_bias"]

@@ -9,8 +9,6 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.evaluation.concepts.labels import LabelledActivations
-
 PROBE_TOKENS = 32_768
 """Maximum number of training tokens of a probe."""
 PROBE_ITERATIONS = 40
@@ -40,12 +38,6 @@ def probe_tokens(train: Int[Tensor, " token"], seed: int) -> Int[Tensor, " token
     if len(train) <= PROBE_TOKENS:
         return train
     return train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:PROBE_TOKENS]]
-
-
-def linear_probe(labelled: LabelledActivations, *, ridge: float = 1e-4, seed: int = 0) -> Float[Tensor, "concept token"]:
-    """Return the logits at all tokens of a probe that is fitted to the images that are not held out."""
-    train = probe_tokens((~labelled.held_out).nonzero()[:, 0], seed)
-    return LinearProbe.fit(labelled.values[train], labelled.truth[:, train], ridge).logits(labelled.values).T
 
 
 def _whitening(x: Float[Tensor, "token width"]) -> tuple[Tensor, Tensor]:
