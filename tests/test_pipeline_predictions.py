@@ -20,7 +20,7 @@ PROMPTS = ["a red star", "a blue circle"]
 
 
 # One half or two, in separate calls or one batch; guidance as an input; repeated timesteps; predicted variances.
-@pytest.fixture(scope="module", params=["flux", "flux-dev", "sd3", "sdxl", "sd1", "pixart"])
+@pytest.fixture(scope="module", params=["flux", "flux-dev", "sd3", pytest.param("sdxl", marks=pytest.mark.slow), "sd1", "pixart"])
 def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, defaults={"pixels": [[16, 24]]})
     return difflex.load(folder)

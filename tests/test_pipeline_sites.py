@@ -383,7 +383,7 @@ def test_a_single_block_may_return_its_streams_as_one_tensor(flux: Pipeline, sit
     assert isinstance(output, Tensor) and torch.equal(output, expected)
 
 
-@pytest.fixture(scope="module", params=["flux", "sdxl"])
+@pytest.fixture(scope="module", params=["flux", "sd1"])
 def unknown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """A pipeline of a class that has no row in the table of families."""
     with pytest.MonkeyPatch.context() as patch:

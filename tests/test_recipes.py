@@ -61,7 +61,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 return replace(command, effect_shots=0)
             case ConceptsCommand():
                 [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.2")]
-                return replace(command, images=80, noise=(0.5,), empty_prompts=True, site=(site,), pixels=(64, 64))
+                return replace(command, images=150, noise=(0.5,), empty_prompts=True, site=(site,), pixels=(64, 64))
             case CollectCommand():
                 sites = tuple(HERE.get(site, site) for site in command.site)
                 return replace(
@@ -161,6 +161,7 @@ def test_one_command_makes_every_figure_of_the_paper(
     assert main(words) == 0 and capsys.readouterr().out.count("done already") == 17
 
 
+@pytest.mark.slow
 def test_a_study_of_flux_is_planned_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["run", "flux_dev", *real_depth("flux-dev", tmp_path), "--precision", "nf4", "--dry-run"]) == 0
     assert "unknown" not in (table := capsys.readouterr().out) and table.count("to do") == 17
@@ -173,6 +174,7 @@ def test_the_study_of_sdxl_turbo_runs_to_its_end_and_again_does_nothing(tmp_path
     all_is_done(study, capsys)
 
 
+@pytest.mark.slow
 def test_the_full_study_has_neurons_and_an_untrained_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study = planned("mini_full", tmp_path / "study")
     run_study(study)

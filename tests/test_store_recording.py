@@ -255,7 +255,7 @@ def test_another_format_is_refused_and_not_changed(tmp_path: Path):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("kilobytes", [1, 40, 80])
+@pytest.mark.parametrize("kilobytes", [1, 40])
 def test_a_full_disk_is_a_clear_error_and_finished_shards_stay(tmp_path: Path, kilobytes: int):
     # A limit on the size of a file acts like a full disk: one write is short, the next one fails.
     command = "ulimit -f $1; shift; exec " + '"$@"'

@@ -62,8 +62,18 @@ def alike(first: Path, second: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("split", ["data", "features"])
-@pytest.mark.parametrize("name", KINDS)
+QUICK = {("topk", "data"), ("topk", "features"), ("jumprelu", "data"), ("matryoshka", "features")}
+"""What stands for all kinds and divisions in the default run."""
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        pytest.param(name, split, marks=() if (name, split) in QUICK else pytest.mark.slow)
+        for name in KINDS
+        for split in ("data", "features")
+    ],
+)
 def test_two_ranks_train_the_same_sae_as_one(tmp_path: Path, name: str, split: str):
     config = replace(SHORT, split=split)
     fit({tmp_path / "one": KINDS[name]}, batches, origin=ORIGIN, config=config)
@@ -71,8 +81,7 @@ def test_two_ranks_train_the_same_sae_as_one(tmp_path: Path, name: str, split: s
     assert alike(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("split", ["data", "features"])
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after", "split"), [(2, 1, "data"), (1, 2, "features")])
 def test_a_run_resumes_with_another_number_of_ranks(tmp_path: Path, split: str, before: int, after: int):
     config = replace(SHORT, split=split)
     train_parallel(before, tmp_path / "some", SMALL, config, stop=8)
