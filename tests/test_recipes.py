@@ -121,7 +121,7 @@ def all_is_done(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("done already") == len(study.commands)
 
 
-def real_depth(family: str, folder: Path) -> list[str]:
+def real_depth(family: str, folder: Path, tokens: int = 2048) -> list[str]:
     """The flags of a model with the 19 + 38 blocks of FLUX.1, at a tiny width, and of a file of prompts, for `difflex run`."""
     model = tiny_folder(family, folder / family, layers=(19, 38), defaults={**DRAWN, "text_length": 8})
     prompts = folder / "prompts.txt"
@@ -134,24 +134,24 @@ def real_depth(family: str, folder: Path) -> list[str]:
         "--pixels",
         "16x24",
         "--tokens",
-        "2048",
+        str(tokens),
         "--out",
         str(folder / "study"),
     ]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "family", "flags"),
+    ("recipe", "family", "flags", "tokens"),
     [
-        ("flux_schnell", "flux", []),
-        pytest.param("flux_schnell", "flux", ["--precision", "nf4"], marks=pytest.mark.slow),
-        pytest.param("flux_dev", "flux-dev", [], marks=pytest.mark.slow),
+        ("flux_schnell", "flux", [], 2048),
+        pytest.param("flux_schnell", "flux", ["--precision", "nf4"], 2048, marks=pytest.mark.slow),
+        pytest.param("flux_dev", "flux-dev", [], 8192, marks=pytest.mark.slow),  # enough images for some to be held out
     ],
 )
 def test_one_command_makes_every_figure_of_the_paper(
-    recipe: str, family: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: str, family: str, flags: list[str], tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    words, study = ["run", recipe, *real_depth(family, tmp_path), *flags], tmp_path / "study"
+    words, study = ["run", recipe, *real_depth(family, tmp_path, tokens), *flags], tmp_path / "study"
     assert main(words) == 0
     with open(study / "report" / "paper.csv", encoding="utf-8", newline="") as file:
         figures = {row["figure"]: row for row in csv.DictReader(file)}

@@ -190,6 +190,7 @@ def _flux(folder: Path, loading: Mapping[str, Any], tokens: int, vlm: str) -> St
     """Return a study of FLUX.1; `loading` are the flags that its commands which load it by name share."""
     middle, elsewhere = "double.18", ("double.9", "single.9", "single.18")
     inner, stored = f"{middle}:neurons", min(tokens, STORED)
+    share = 1 if loading["steps"] == 1 else 3  # runs of many steps are of few images, of which some must be held out
     # An ITDA grows from several times as many tokens as it has atoms, and SAEs are compared with an ITDA of their size.
     sizes = tuple(max(16, size * stored // STORED) for size in (16_384, 32_768, 65_536))
     k = min(64, sizes[0] // 16)
@@ -215,7 +216,7 @@ def _flux(folder: Path, loading: Mapping[str, Any], tokens: int, vlm: str) -> St
             *(replace(bare, normalisation=normalisation) for normalisation in ("none", "standardise", "whiten")),
             *(replace(itda, size=(size,)) for size in sizes),
             replace(itda, site=elsewhere, size=sizes[-1:]),
-            *_neurons(harvest, middle, (k,), tokens=max(min(stored, 1024), stored // 8)),
+            *_neurons(harvest, middle, (k,), tokens=max(min(stored, 1024), stored // 8 * share)),
             EvaluateCommand(study=folder, effect_shots=0),
             EvaluateCommand(study=folder, site=(middle,), largest=True),
             *_interpreted(folder, (middle, inner), loading, tokens, vlm),
