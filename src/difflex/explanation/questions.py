@@ -215,7 +215,7 @@ EXPLAIN: Mapping[ProtocolName, str] = {
         "2. Then say what they have in common: the pattern or property that the unit detects in all images."
     ),
 }
-"""What the explainer is told in each protocol, with the number of images."""
+"""The instruction of the explainer in each protocol, with the number of images."""
 JUDGE: Mapping[ProtocolName, str] = {
     "heldout": (
         "Look at what is highlighted in the one image that you are shown. How well do the highlighted areas, and no others, "
@@ -228,7 +228,7 @@ JUDGE: Mapping[ProtocolName, str] = {
         "highlighted; an explanation that is loose, or so general that it would fit many other images, deserves a low score."
     ),
 }
-"""What the judge is told in each protocol; `paper` has the effect of the instruction in appendix D of arXiv 2505.24360."""
+"""The instruction of the judge in each protocol; `paper` has the effect of the instruction in appendix D of arXiv 2505.24360."""
 
 
 def explain_instruction(

@@ -105,8 +105,8 @@ def dry_run_studies(
     selection, protocol = _select_dictionaries(studies, config), config.protocol
     with closing(open_backend()) as backend:
         log(f"Protocol {protocol.label}, {backend.description}")
-        log(f"\nThe explainer is told:\n{explain_instruction(protocol.shown, protocol.style, protocol.name).text}")
-        log(f"\nThe judge is told:\n{judge_instruction(EXAMPLE, protocol.style, protocol.name).text}\n")
+        log(f"\nInstruction of the explainer:\n{explain_instruction(protocol.shown, protocol.style, protocol.name).text}")
+        log(f"\nInstruction of the judge:\n{judge_instruction(EXAMPLE, protocol.style, protocol.name).text}\n")
         for study, refs in zip(studies, selection, strict=True):
             with open_client(backend, study.explanations, policy, dry_run=True) as client:
                 for ref in refs:

@@ -87,7 +87,7 @@ class AtomSet:
 
 @final
 class PooledCorrelations(Correlations):
-    """The correlations with a pool of atoms for each signal, which is filled anew once in some rounds.
+    """The correlations with a pool of atoms for each signal, which is filled again every few rounds.
 
     The atoms picked so far, one in each slot, follow the pool in `_scores` and `_products`.
     """
