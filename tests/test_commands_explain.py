@@ -122,7 +122,11 @@ def test_a_dry_run_sends_nothing_and_prints_calls_tokens_and_cost(study: Study, 
             == 0
         )
         output = capsys.readouterr().out
-        assert "Instruction of the explainer:" in output and "Instruction of the judge:" in output and "(what the explainer answered)" in output
+        assert (
+            "Instruction of the explainer:" in output
+            and "Instruction of the judge:" in output
+            and "(what the explainer answered)" in output
+        )
         assert f"Protocol heldout, rule at {server.url}" in output
         assert not server.served and "120 calls" in output and "0 answers are cached" in output
         assert "cost about 2." in output, "20 images of 1000 tokens for each feature, and some words"
