@@ -59,11 +59,14 @@ def test_a_row_can_be_made_again_from_its_shot(model: Path, prompts: Path, tmp_p
 
 
 def test_every_prompt_seed_and_step_is_harvested_once(model: Path, prompts: Path, tmp_path: Path):
-    assert harvest(model, prompts, tmp_path / "study", "--seeds", "3:5", "--steps", "3", "--keep-steps", "1:3") == 0
-    store = Store.open(tmp_path / "study" / "activations" / "double.1")
-    shots = {store.shot(number) for number in range(12 * 2 * 2)}
-    assert len({(shot.prompt, shot.seed, shot.timestep) for shot in shots}) == 12 * 2 * 2
-    assert len({shot.timestep for shot in shots}) == 2
+    for kept, every in [("1:3", ()), ("0:3:2", (0, 3, 2))]:
+        folder = tmp_path / kept.replace(":", "-")
+        assert harvest(model, prompts, folder, "--seeds", "3:5", "--steps", "3", "--keep-steps", kept) == 0
+        store = Store.open(folder / "activations" / "double.1")
+        shots = {store.shot(number) for number in range(12 * 2 * 2)}
+        assert len({(shot.prompt, shot.seed, shot.timestep) for shot in shots}) == 12 * 2 * 2
+        assert len({shot.timestep for shot in shots}) == 2
+        assert Study.open(folder).settings.keep_steps == (every or (1, 3))
 
 
 def test_the_same_command_again_adds_nothing_and_more_tokens_are_added(model: Path, prompts: Path, tmp_path: Path):

@@ -72,6 +72,7 @@ def test_every_number_flag_refuses_what_is_not_finite_too_large_or_negative(verb
     [
         (["generate", "m", "--seeds", "0:1000000000"], "1,000,000,000 numbers"),
         (["generate", "m", "--seed", str(2**64)], "is not a range"),
+        (["harvest", "m", "--site", "s", "--prompts", "p", "--out", "o", "--keep-steps", "0:4:0"], "is not a range"),
         (["generate", "m", "--seed", str(2**63)], "9223372036854775807"),
         (["generate", "m", "--pixels", "1000000"], "from 1 to 8,192"),
         (["show", "s", "1", "--side", "1000000"], "from 1 to 1,024"),

@@ -190,11 +190,12 @@ def _flux(folder: Path, loading: Mapping[str, Any], tokens: int, vlm: str) -> St
     """Return a study of FLUX.1; `loading` are the flags that its commands which load it by name share."""
     middle, elsewhere = "double.18", ("double.9", "single.9", "single.18")
     inner, stored = f"{middle}:neurons", min(tokens, STORED)
-    share = 1 if loading["steps"] == 1 else 3  # runs of many steps are of few images, of which some must be held out
     # An ITDA grows from several times as many tokens as it has atoms, and SAEs are compared with an ITDA of their size.
     sizes = tuple(max(16, size * stored // STORED) for size in (16_384, 32_768, 65_536))
     k = min(64, sizes[0] // 16)
     harvest = HarvestCommand(**loading, site=(middle, *elsewhere), tokens=stored, dtype="int8", batch=32)
+    # Few tokens must be of many prompts, of which a tenth is held out: of a run of many steps, four are stored.
+    few = harvest if loading["steps"] < 8 else replace(harvest, keep_steps=range(0, loading["steps"], loading["steps"] // 4))
     train = TrainCommand(
         study=folder,
         site=(middle,),
@@ -211,12 +212,12 @@ def _flux(folder: Path, loading: Mapping[str, Any], tokens: int, vlm: str) -> St
         model=loading["model"],
         commands=(
             AnatomyCommand(**{**loading, "steps": max(loading["steps"], 4)}, max_prompts=min(64, max(4, tokens // 256))),
+            *_neurons(few, middle, (k,), tokens=max(min(stored, 1024), stored // 8)),  # before the harvest whose steps training repeats
             harvest,
             replace(train, also=elsewhere, live=True, harvest_batch=32),
             *(replace(bare, normalisation=normalisation) for normalisation in ("none", "standardise", "whiten")),
             *(replace(itda, size=(size,)) for size in sizes),
             replace(itda, site=elsewhere, size=sizes[-1:]),
-            *_neurons(harvest, middle, (k,), tokens=max(min(stored, 1024), stored // 8 * share)),
             EvaluateCommand(study=folder, effect_shots=0),
             EvaluateCommand(study=folder, site=(middle,), largest=True),
             *_interpreted(folder, (middle, inner), loading, tokens, vlm),

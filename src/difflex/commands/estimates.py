@@ -94,7 +94,7 @@ def _harvest(forecast: Forecast, command: HarvestCommand) -> CostEstimate:
     total = shots_for(command.tokens, formats, run) if command.tokens is not None else (count or 0) * len(command.seeds) * run
     for shape in formats:
         forecast.stores[command.out, shape.site] = StoreForecast(total * shape.tokens, shape.tokens, shape.width, shots[0])
-    last = command.keep_steps.stop if command.keep_steps is not None else model.shot.steps
+    last = command.keep_steps[-1] + 1 if command.keep_steps is not None else model.shot.steps
     work = harvesting(model, total // run, -(-(total // run) // len(command.seeds)), last)
     config = RecordingConfig(dtype=command.dtype, batch=command.batch)
     held = hold(forecast, command.out, model, command.precision, command.offload)

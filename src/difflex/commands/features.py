@@ -21,7 +21,7 @@ from difflex.commands.flags import (
     NoiseLevels,
     Pixels,
     Seeds,
-    StepRange,
+    KeptSteps,
     StudyModelCommand,
     number,
 )
@@ -68,7 +68,7 @@ class CollectCommand(StudyModelCommand):
     """Seeds for each of the --prompts; END is excluded."""
     steps: Annotated[int | None, STEPS, arg(help_behavior_hint=THE_STUDYS)] = None
     """Number of denoising steps, with --prompts."""
-    keep_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
+    keep_steps: Annotated[KeptSteps, arg(help_behavior_hint="(default: all)")] = None
     """Steps to take activations from, with --prompts; END is excluded."""
     pixels: Annotated[Pixels, arg(help_behavior_hint=THE_STUDYS)] = None
     """Image size, with --prompts or --drawn-world; with --folder, images are resized and cropped to it."""

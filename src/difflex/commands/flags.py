@@ -54,6 +54,11 @@ def _range(words: list[str]) -> range:
     return range(first, end)
 
 
+def _every_nth(words: list[str]) -> range:
+    match = re.fullmatch(r"(.+:.+):([1-9]\d{0,3})", words[0])
+    return _range([match[1]])[:: int(match[2])] if match else _range(words)
+
+
 def _pixels(words: list[str]) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", words[0])
     if not match:
@@ -213,6 +218,8 @@ Seeds = Annotated[range, RANGE, arg(aliases=["--seed"])]
 """Whole numbers from START up to but not END, as in Python; one number, also as `--seed N`, is that number alone."""
 StepRange = Annotated[range | None, RANGE]
 """Denoising steps from START up to but not END."""
+KeptSteps = Annotated[range | None, _flag(_every_nth, "START:END:EVERY", lambda value: f"{value.start}:{value.stop}:{value.step}")]
+"""Denoising steps from START up to but not END, all or each EVERY-th."""
 Pixels = Annotated[tuple[int, int] | None, _flag(_pixels, "HEIGHTxWIDTH", lambda value: f"{value[0]}x{value[1]}")]
 """Height and width of an image."""
 Numbers = Annotated[tuple[int, ...], numbers(LARGEST)]

@@ -8,7 +8,7 @@ from typing import Annotated, final
 from tyro.conf import arg
 
 from difflex.choices import StoredDtype
-from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, TOKENS, Bytes, ModelCommand, Pixels, Seeds, StepRange
+from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, TOKENS, Bytes, ModelCommand, Pixels, Seeds, KeptSteps
 from difflex.errors import BadInput
 from difflex.images import check_output
 from difflex.study import Study
@@ -41,7 +41,7 @@ class HarvestCommand(ModelCommand):
     """Shuffle the prompts with this seed."""
     steps: Annotated[int | None, STEPS, arg(help_behavior_hint=THE_MODELS_OWN)] = None
     """Denoising steps."""
-    keep_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
+    keep_steps: Annotated[KeptSteps, arg(help_behavior_hint="(default: all)")] = None
     """The steps to harvest."""
     pixels: Annotated[Pixels, arg(help_behavior_hint=THE_MODELS_OWN)] = None
     """The size of an image; one number for a square."""

@@ -52,7 +52,7 @@ def read_prompts(name: str, shuffle: int | None, column: str | None = None, revi
 
 def harvest_settings(pipe: "Pipeline", command: "HarvestCommand") -> StudySettings:
     """Return the settings of a harvest for the study; what its flags leave to the model is filled in."""
-    shot = next(pipe.shots("", steps=command.steps, pixels=command.pixels, guidance=command.guidance))
+    kept, shot = command.keep_steps, next(pipe.shots("", steps=command.steps, pixels=command.pixels, guidance=command.guidance))
     return StudySettings(
         precision=pipe.precision,
         offload=pipe.engine.offloaded,
@@ -65,7 +65,7 @@ def harvest_settings(pipe: "Pipeline", command: "HarvestCommand") -> StudySettin
         prompts_revision=command.prompts_revision,
         shuffle=command.shuffle,
         seeds=(command.seeds.start, command.seeds.stop),
-        keep_steps=first_and_end(command.keep_steps),
+        keep_steps=kept and (kept.start, kept.stop, *((kept.step,) if kept.step > 1 else ())),
     )
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ContrastMethod, Operation, Unit
-from difflex.commands.flags import BATCH, NUMBER, SEED, STRENGTHS, Features, Seeds, StepRange, Strengths, StudyImagesCommand
+from difflex.commands.flags import BATCH, NUMBER, SEED, STRENGTHS, Features, KeptSteps, Seeds, StepRange, Strengths, StudyImagesCommand
 from difflex.commands.inputs import first_and_end, load_study_model, open_study, stored_strength
 from difflex.errors import BadInput
 from difflex.images import check_image_path, check_output, check_sheet, contact_sheet, write_image
@@ -224,7 +224,7 @@ class ContrastCommand(StudyImagesCommand):
     """The mean of the differences, or their first principal component."""
     seeds: Seeds = range(1)
     """Seeds for each pair, whose prompts start from the same noise; END is not included."""
-    keep_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
+    keep_steps: Annotated[KeptSteps, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps whose activations are compared; END is not included."""
     dictionary: Annotated[str | None, arg(metavar="DICTIONARY", help_behavior_hint="(default: none)")] = None
     """Decompose the direction into features of this dictionary."""

@@ -149,7 +149,7 @@ class TrainCommand(StudyImagesCommand):
             raise BadInput(f"The {CAPTIONS} are endless: say how many --tokens to train on.")
         pipe = load_study_model(study, self)
         shots, source = study_shots(pipe, settings, prompts)
-        steps = "all" if settings.keep_steps is None else "{}:{}".format(*settings.keep_steps)
+        steps = "all" if settings.keep_steps is None else ":".join(map(str, settings.keep_steps))
         also = pipe.expand(self.also)
         sites = [*pipe.expand(self.site), *also]
         harvest = partial(pipe.harvest, progress=False)

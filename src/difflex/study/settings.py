@@ -32,8 +32,8 @@ class StudySettings:
     """The seed that shuffles the prompts."""
     seeds: tuple[int, int] = (0, 1)
     """The first seed of each prompt, and the one after the last."""
-    keep_steps: tuple[int, int] | None = None
-    """The first step that is harvested, and the one after the last."""
+    keep_steps: tuple[int, ...] | None = None
+    """The first step that is harvested, the one after the last, and the distance between steps if that is not 1."""
 
     def __post_init__(self) -> None:
         check_fields(self)
