@@ -39,6 +39,13 @@ def test_what_a_living_process_writes_is_not_deleted(tmp_path: Path):
             assert temporary.exists()
 
 
+def test_a_lock_removes_the_empty_folders_that_it_made_and_no_others(tmp_path: Path):
+    (tmp_path / "old").mkdir()
+    with folder_lock(tmp_path / "old"), folder_lock(tmp_path / "new" / "empty"), folder_lock(tmp_path / "new" / "full"):
+        write_file(tmp_path / "new" / "full" / "file", b"content")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / name for name in ("new", "new/full", "new/full/file", "old")]
+
+
 def test_a_file_system_without_locks_can_be_written_and_nothing_on_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     left = tmp_path / ".file.0.tmp"
     left.write_text("perhaps another process is writing it")

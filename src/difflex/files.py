@@ -12,7 +12,7 @@ import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -228,8 +228,10 @@ def stored_checksum(path: Path, advice: str) -> str:
 def folder_lock(folder: Path, shared: bool = False) -> Iterator[None]:
     """Make `folder`, check that it can be written, and keep other processes from writing in it, except for ranks if `shared`.
 
-    A killed process releases its lock, and what it left half written is deleted.
+    A killed process releases its lock, and what it left half written is deleted. Folders that were made here and stay empty are
+    removed at the end.
     """
+    made = [] if shared else [path for path in (folder, *folder.parents) if not path.exists()]
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _check_writable(folder)
@@ -242,6 +244,9 @@ def folder_lock(folder: Path, shared: bool = False) -> Iterator[None]:
     finally:
         if handle is not None:
             os.close(handle)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 @contextmanager
