@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from test_store_recording import contents, flip, truncate
 from torch import Tensor
 
 import difflex
-from difflex.errors import BrokenFile, StaleWork
+from difflex.errors import BrokenFile, NonFinite, StaleWork
+from difflex.files import file_sha256
 from difflex.miniature.captions import endless_captions
 from difflex.records import Activations, Shot, Site
 from difflex.store import RecordingConfig, ShardFormat, Store, record, recorded_bytes
-from difflex.store.basis import BASIS, GROUP, BasisTally, group_size, write_basis
+from difflex.store.basis import BASIS, GROUP, BasisTally, group_size, read_basis, write_basis
 from difflex.store.shard import pack, unpack
 
 SITE = SITES[0]
@@ -167,6 +169,29 @@ def test_a_damaged_basis_is_noticed_and_made_again(tmp_path: Path, damage):
     assert contents(tmp_path) == before
 
 
+def scaled(shots: Iterable[Shot], sites: Sequence[Site], batch: int, factor: float = 2.0) -> Iterator[Activations]:
+    """Harvest other values than before."""
+    for activations in FakeHarvest()(shots, sites, batch):
+        yield replace(activations, values=activations.values * factor)
+
+
+def test_a_failed_harvest_leaves_no_wrong_basis(tmp_path: Path):
+    with pytest.raises(NonFinite, match=r"'star 0' .* at the site"):
+        record(tmp_path, fake_shots(48), [SITE], partial(scaled, factor=float("nan")), INT8)
+    assert not (tmp_path / SITE.folder).exists()
+    record(tmp_path, fake_shots(48), [SITE], FakeHarvest(), INT8)
+    (tmp_path / SITE.folder / BASIS).unlink()
+    with pytest.raises(StaleWork, match="is lost"):
+        record(tmp_path, fake_shots(48), [SITE], scaled, INT8)
+    assert not (tmp_path / SITE.folder / BASIS).exists()
+    few, many = BasisTally(), BasisTally()
+    few.add(torch.randn(10, 4))
+    many.add(torch.randn(100, 4))
+    for tally in (few, many):
+        write_basis(tmp_path, tally.basis(), "rows", keep=True)
+    assert not read_basis(tmp_path, 4, file_sha256(tmp_path / BASIS)).is_diagonal
+
+
 def uneven(shots: Iterable[Shot], sites: Sequence[Site], batch: int) -> Iterator[Activations]:
     """Harvest fewer tokens at the second site, so that its units need more shots."""
     for activations in FakeHarvest()(shots, sites, batch):
@@ -208,6 +233,8 @@ def test_int8_of_earlier_versions_is_refused(tmp_path: Path):
     manifest = store.folder / "manifest.json"
     entries = {name: value for name, value in json.loads(manifest.read_text()).items() if name not in ("basis", "checksum")}
     manifest.write_text(json.dumps(entries))
-    for work in (Store.open, lambda folder: record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), INT8)):
-        with pytest.raises(StaleWork, match=r"scale for each row.*Move it away and harvest again"):
-            work(store.folder)
+    old = r"scale for each row.*Move it away and harvest again"
+    with pytest.raises(BrokenFile, match=old):  # only what can make it again may replace it
+        Store.open(store.folder)
+    with pytest.raises(StaleWork, match=old):
+        record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), INT8)

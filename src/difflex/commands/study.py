@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.commands import verb_class
+from difflex.errors import DifflexError
 from difflex.files import Json
 from difflex.images import check_output
 from difflex.study import Command, CommandRecord, Study, read_log
@@ -32,7 +33,11 @@ class StatusCommand(Command):
         study = Study.open(self.study)
         print(f"{study.folder}: a study of {study.model}")
         for site, folder in study.stores().items():
-            store = Store.open(folder)
+            try:
+                store = Store.open(folder)
+            except DifflexError as error:
+                print(f"  {site}: cannot be read: {error}")
+                continue
             rows = store.count() + store.count("held-out")
             print(f"  {site}: {rows:,} tokens of width {store.width}{'' if store.complete else ', not finished'}")
         for ref in study.dictionaries():

@@ -130,13 +130,20 @@ def write_basis(folder: Path, basis: QuantisationBasis, origin: str, *, keep: bo
     path = folder / BASIS
     if keep and path.exists():
         try:
-            if read_tensors(path, BASIS_FORMAT, REMEDY).header["origin"] == origin:
+            header, tensors = read_tensors(path, BASIS_FORMAT, REMEDY)
+            if header["origin"] == origin and tensors["root"].shape == basis.root.shape:  # that of fewer rows is diagonal
                 return
         except BrokenFile:
             pass
         path.unlink(missing_ok=True)
     tensors = {"mean": basis.mean, "root": basis.root}
     write_tensors(path, BASIS_FORMAT, tensors, {"origin": origin}, keep=keep)
+
+
+def require_basis(folder: Path) -> None:
+    """Raise an error if the basis in `folder` is missing."""
+    if not (folder / BASIS).is_file():
+        raise BrokenFile(f"{folder / BASIS} is missing. {REMEDY}")
 
 
 def read_basis(folder: Path, width: int, sha256: str) -> QuantisationBasis:

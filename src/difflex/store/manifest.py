@@ -33,6 +33,10 @@ STATISTICS_FORMAT = 2
 SPLITS: tuple[Split, ...] = ("train", "held-out")
 REWRITE = "Run the same harvest again: it writes the manifest from the shards, which it keeps."
 RECOMPUTE = "Run the same harvest again: it computes them from the shards."
+OLD_INT8 = (
+    "{} holds int8 with a scale for each row, as earlier versions of difflex stored it: its rounding drowns the small principal "
+    "axes. Move it away and harvest again."
+)
 SAMPLE = 16
 """Rows in the sample for the covariance, as a multiple of the width."""
 STRIP = 256
@@ -154,11 +158,7 @@ class Manifest:
             head |= {"site": Site.parse(head["site"]), "grid": head["grid"] and tuple(head["grid"])}
             check_fields(header := StoreHeader(**head))
             if header.dtype == "int8" and header.basis is None:
-                raise StaleWork(
-                    f"{folder} holds int8 with a scale for each row, as earlier versions of difflex stored it: its rounding "
-                    "drowns the small principal axes. Move it away and harvest again.",
-                    folder,
-                )
+                raise BrokenFile(OLD_INT8.format(folder))
             return cls(head=header, shards=shards, statistics=entries["statistics"])
 
     @classmethod
@@ -177,13 +177,15 @@ def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
 
 
 def check_format(path: Path) -> None:
-    """Raise an error for a file of another format; a damaged or missing one passes."""
+    """Raise an error for a file of another format, and for a manifest of earlier int8; a damaged or missing file passes."""
     try:
         entries = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return
     if isinstance(entries, dict) and entries.get("format") != FORMAT:
         read_json(path, FORMAT, "")
+    if isinstance(entries, dict) and entries.get("dtype") == "int8" and entries.get("basis") is None:
+        raise StaleWork(OLD_INT8.format(path.parent), path.parent)
 
 
 def finished_shards(folder: Path) -> list[int]:

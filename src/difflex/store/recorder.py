@@ -136,6 +136,7 @@ class SiteRecorder:
         elif not matches(path, self.head.basis):
             write_basis(self.folder, basis, self.head.origin, keep=False)
             if not matches(path, self.head.basis):
+                path.unlink()  # without the manifest, it would be taken for that of the rows
                 raise StaleWork(
                     f"{path}, in whose units the rows of {self.folder} are stored, is lost: it cannot be made again from the "
                     "prompts of now on this machine. Move the folder away and harvest again.",

@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import final
 
+import torch
 from tqdm import tqdm
 
 from difflex.choices import StoredDtype
@@ -22,7 +23,7 @@ from difflex.store.handover import HandedOver
 from difflex.store.manifest import StoreHeader, check_split, finished_shards
 from difflex.store.reading import check_rank
 from difflex.store.recorder import SiteRecorder, check_disk, check_next_shard, format_size, store_bytes, text_bytes
-from difflex.store.shard import ShardFormat, check_dtype
+from difflex.store.shard import ShardFormat, check_dtype, non_finite
 from difflex.store.store import Store
 
 FIRST_SHOTS = 32
@@ -177,6 +178,8 @@ def _fix_bases(
     firsts = {site: set(shots[:count]) for site, count in counts.items()}
     for activations in harvest(shots, list(counts), batch):
         if firsts[activations.site].issuperset(activations.shots):
+            if not bool(torch.isfinite(activations.values).all()):
+                raise non_finite(activations.values, activations.shots, activations.site)
             tallies[activations.site].add(activations.values)
     for recorder in recorders:
         if recorder.site in counts:

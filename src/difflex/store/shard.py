@@ -226,6 +226,15 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data
 
 
+def non_finite(rows: Float[Tensor, "shot token width"], shots: Sequence[Shot], site: Site) -> NonFinite:
+    """Return the error about the first of some shots whose rows hold NaN or infinity."""
+    shot = shots[int((~torch.isfinite(rows)).flatten(1).any(1).nonzero()[0])]
+    return NonFinite(
+        f"The activations of {shot.image or shot.prompt!r} (seed {shot.seed}) at the site '{site}' are not finite as stored. "
+        "The largest number of fp16 is 65504: store bf16 instead."
+    )
+
+
 @final
 class ShardWriter:
     """An unfinished shard file; rows are appended in the order of its shots."""
@@ -259,11 +268,7 @@ class ShardWriter:
             finite &= self._tally.add(part) if split == "train" else math.isfinite(float(part.sum(dtype=torch.float32)))
             start = end
         if not finite:
-            shot = shots[int((~torch.isfinite(rows)).flatten(1).any(1).nonzero()[0])]
-            raise NonFinite(
-                f"The activations of {shot.image or shot.prompt!r} (seed {shot.seed}) at the site '{self._form.site}' are not "
-                "finite as stored. The largest number of fp16 is 65504: store bf16 instead."
-            )
+            raise non_finite(rows, shots, self._form.site)
 
     def commit(self) -> str:
         """Finish the file and return its SHA-256."""

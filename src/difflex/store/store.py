@@ -15,7 +15,7 @@ from torch import Tensor
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.files import file_sha256
 from difflex.records import ActivationBatch, Shot, Split
-from difflex.store.basis import BASIS, QuantisationBasis
+from difflex.store.basis import BASIS, QuantisationBasis, require_basis
 from difflex.store.manifest import (
     MANIFEST,
     SPLITS,
@@ -58,6 +58,8 @@ class Store:
         """
         folder = Path(folder)
         store = cls(folder, Manifest.read(folder))
+        if store._manifest.head.basis is not None:
+            require_basis(folder)
         sizes = cache(partial(shard_size, store._manifest.head.form))
         for number, entry in store._manifest.shards.items():
             shard, shots = shard_paths(folder, number)
