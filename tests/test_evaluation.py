@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -285,6 +286,20 @@ def test_effects_do_not_depend_on_the_other_dictionaries():
 
     assert effects(both) == [*effects(both[:1]), *effects(both[1:])]
     assert effects(both)[0].prediction.reconstruction > effects(both)[1].prediction.reconstruction
+
+
+def test_one_dictionary_at_a_time_is_on_the_gpu(monkeypatch: pytest.MonkeyPatch):
+    x, both, alive, counts = gaussian(4 * 6).view(4, 6, WIDTH).float(), [planted_sae(k=2), planted_sae(k=4)], WeakSet(), []
+
+    def to(dictionary: SAE, _: torch.device) -> SAE:
+        counts.append(len(alive))
+        alive.add(copied := SAE.from_state(dictionary.state()))
+        return copied
+
+    monkeypatch.setattr(SAE, "to", to)
+    monkeypatch.setattr("difflex.evaluation.effect.find_device", lambda: torch.device("meta"))
+    measure_effects(both, x.mean((0, 1)), lambda edits: outcomes(edits, x), lambda edits: images(edits, x))
+    assert len(counts) == 8 and not any(counts)
 
 
 def test_no_shots_and_nan_predictions_are_errors():

@@ -180,7 +180,8 @@ def _evaluate(forecast: Forecast, command: EvaluateCommand) -> CostEstimate:
             model = forecast.profile(store.shot)
             effect += _replacing(model, shots, len(shapes))
             held = model_memory(forecast, command.study, model, command)
-            most = max(most, _in_use(forecast, shapes, held.device + pass_bytes(model, held, min(shots, BATCH), images=True)))
+            taken = held.device + pass_bytes(model, held, min(shots, BATCH), images=True)
+            most = max(most, *(_in_use(forecast, [shape], taken) for shape in shapes))  # one after another
             host = held.host
         most = max(most, *(dictionary_bytes(forecast.machine, shape) for shape in shapes))
     count = sum(map(len, learned.values()))

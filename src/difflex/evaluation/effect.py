@@ -86,7 +86,7 @@ def measure_effects(
     `images` only predictions are compared. `measures` compare images in addition to SSIM. The unedited model and the baselines
     run once for all dictionaries.
     """
-    edits = _edits([dictionary.to(find_device()) for dictionary in dictionaries], mean)
+    edits = _edits(dictionaries, mean)
     changes, timesteps = _prediction_changes(predictions(edits), list(edits))
     if not len(timesteps):
         raise BadInput(f"There are no shots to measure the effect of {dictionaries[0].name} at. Harvest more prompts.")
@@ -101,12 +101,23 @@ def measure_effects(
 
 
 def _edits(dictionaries: Sequence[Dictionary], mean: Float[Tensor, " width"]) -> Edits:
-    """Return the reconstruction by each dictionary, then mean ablation, then zero ablation."""
+    """Return the reconstruction by each dictionary, then mean ablation, then zero ablation.
 
-    def reconstruction(dictionary: Dictionary):
-        return lambda x, _: dictionary.decode(dictionary.encode(x.flatten(0, 1))).view(x.shape)
+    The model runs with one edit after another, and a GPU holds the dictionary of one at a time.
+    """
+    device = find_device()
+    held: dict[int, Dictionary] = {}
 
-    edits = {f"reconstruction {i} by {dictionary.name}": reconstruction(dictionary) for i, dictionary in enumerate(dictionaries)}
+    def reconstruction(number: int):
+        def replaced(x: Float[Tensor, "batch token width"], _: object) -> Float[Tensor, "batch token width"]:
+            if number not in held:
+                held.clear()
+                held[number] = dictionaries[number] if dictionaries[number].device == device else dictionaries[number].to(device)
+            return held[number].decode(held[number].encode(x.flatten(0, 1))).view(x.shape)
+
+        return replaced
+
+    edits = {f"reconstruction {i} by {dictionary.name}": reconstruction(i) for i, dictionary in enumerate(dictionaries)}
     return {**edits, "mean": lambda x, _: mean.to(x).expand_as(x), "zero": lambda x, _: torch.zeros_like(x)}
 
 
