@@ -45,6 +45,13 @@ def test_configs_that_fit_no_model_are_named(tmp_path: Path):
             profiled(str(tmp_path / "model"))
 
 
+def test_more_layers_than_any_model_has_are_not_built(tmp_path: Path):
+    config = tiny_folder("flux", tmp_path / "model") / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_single_layers": 10**9}))
+    with pytest.raises(BrokenFile, match=r"'num_single_layers' 1000000000, and difflex builds at most 1,000 layers"):
+        config_site_rows(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize("family", ["flux", "sdxl", "sd3"])
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 def test_the_profiled_cost_of_steps_equals_the_operations_of_a_harvest(family: str, guidance: float, tmp_path: Path):

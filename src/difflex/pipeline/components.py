@@ -23,6 +23,8 @@ from difflex.errors import BadInput, BrokenFile
 
 Change = Callable[[str, nn.Module], nn.Module]
 """Applied to each component, with its name, as soon as it is built."""
+MOST_LAYERS = 1000
+"""Of a kind in a component: more come of a damaged config, and take hours to build."""
 LETTERS = [*string.ascii_lowercase, *string.digits, *string.punctuation]
 
 
@@ -45,6 +47,13 @@ class ComponentPlan(NamedTuple):
         """Build the component on the meta device, where it takes no memory; None for one that never has weights."""
         if not issubclass(getattr(import_module(self.library), self.kind), nn.Module):
             return None
+        for name, entry in (self.config or {}).items():
+            counts = entry if isinstance(entry, (list, tuple)) else (entry,)
+            if "layers" in name and any(isinstance(count, int) and count > MOST_LAYERS for count in counts):
+                raise BrokenFile(
+                    f"The config of a {self.kind} has the entry '{name}' {str(entry)[:60]}, and difflex builds at most "
+                    f"{MOST_LAYERS:,} layers. Copy or download the model again."
+                )
         try:
             with torch.device("meta"):
                 return self.build()
