@@ -1,6 +1,7 @@
 """Recipes: each runs to its end, those for large models on random weights of their classes with tiny widths."""
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +230,12 @@ def test_a_study_is_planned_run_and_shown_on_the_command_line(tmp_path: Path, ca
     assert main(["status", str(folder)]) == 0
     output = capsys.readouterr().out
     assert "double.1/topk-32-k3" in output and "tokens of width 32" in output and output.count("done") == 2
+    manifest = folder / "activations" / "single.0" / "manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text(json.dumps({"format": 1}))
+    assert main(["status", str(folder)]) == 0
+    output = capsys.readouterr().out
+    assert "single.0: cannot be read" in output and "tokens of width 32" in output
     assert main(["run", "mimi"]) == 2 and "nearest: mini" in capsys.readouterr().err
     assert main(["status", str(tmp_path)]) == 2
 
@@ -248,6 +255,10 @@ def test_options_of_a_recipe_are_its_arguments_and_are_kept_for_the_next_run(
     monkeypatch.chdir(tmp_path)
     assert main([*words, "--model", "flux", "--prompts", "prompts.txt", "--pixels", "16x24", "--tokens", "9"]) == 2
     assert "takes --model, --prompts, --pixels, but --tokens was given. Add an argument" in capsys.readouterr().err
+    assert main([*words, "--model", str(tmp_path), "--prompts", "prompts.txt"]) == 2
+    capsys.readouterr()
+    assert main(words) == 2  # nothing was begun with these options, and nothing is kept
+    assert "As when" not in capsys.readouterr().out and not (folder / "study.json").exists()
     assert main([*words, "--model", "flux", "--prompts", "prompts.txt", "--pixels", "16x24"]) == 0
     assert Study.open(folder).settings.pixels == (16, 24) and Study.open(folder).model == str(model)
     monkeypatch.chdir("/")

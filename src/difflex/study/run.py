@@ -70,6 +70,7 @@ def run_study(
     for the log.
     """
     call = {"recipe": recipe, "options": {name: _json(value, study.folder) for name, value in options.items()}}
+    former = _read_call(study.folder)
     command_statuses(study, until)  # refuses what cannot run, before the folder is made
     study.prepare()
     with folder_lock(study.folder):
@@ -81,12 +82,17 @@ def run_study(
             if status.state == "done" and not rerun:
                 report(f"{name}: done already")
                 continue
-            rerun = True
+            is_first, rerun = not rerun, True
             report(f"{name}: {_reason(status)}")
             records[number] = replace(status.record, seconds=None, finished=None)
             # Later commands leave the log: after a kill they have to run again.
             _write_log(study, records[: number + 1], call)
-            records[number] = _run(study, status, made, report)
+            try:
+                records[number] = _run(study, status, made, report)
+            except BaseException:
+                if is_first and not _is_begun(study.folder):  # options with which nothing begins are not kept
+                    _write_log(study, records[: number + 1], former)
+                raise
             _write_log(study, records[: number + 1], call)
         study.write()
 
@@ -123,12 +129,25 @@ def read_log(folder: Path) -> list[CommandRecord]:
 
 def recipe_record(folder: Path) -> CommandRecord | None:
     """Return the `difflex run` of the recipe that ran in `folder`; None without a log, or if it was called from Python."""
-    path = folder / LOG_FILE
-    entries = read_json(path, FORMAT, ADVICE) if os.path.isfile(path) else {}
-    name, options = entries.get("recipe"), entries.get("options", {})
+    call = _read_call(folder)
+    name, options = call.get("recipe"), call.get("options", {})
     if not isinstance(name, str) or not isinstance(options, dict):
         return None
     return CommandRecord(verb="run", flags={"recipe": name, **options})
+
+
+def _read_call(folder: Path) -> dict[str, Json]:
+    """Return the recipe that ran in `folder` and its options, as they are in the log."""
+    path = folder / LOG_FILE
+    entries = read_json(path, FORMAT, ADVICE) if os.path.isfile(path) else {}
+    return {name: entries[name] for name in ("recipe", "options") if name in entries}
+
+
+def _is_begun(folder: Path) -> bool:
+    """Return whether a command has written a file since the last entry in the log."""
+    logged = (folder / LOG_FILE).stat().st_mtime_ns
+    files = (path for path in folder.rglob("*") if path.name != LOG_FILE and path.is_file())
+    return any(path.stat().st_mtime_ns >= logged for path in files)
 
 
 def _parse_record(entry: Mapping[str, Any]) -> CommandRecord:
