@@ -84,6 +84,10 @@ def test_every_number_flag_refuses_what_is_not_finite_too_large_or_negative(verb
         (["explain", "s", "--timeout", "inf"], "from 0.001 to 86,400"),
         (["explain", "s", "--budget", "nan"], "is not a number"),
         (["explain", "s", "--image-tokens", "-1"], "from 0 to"),
+        (
+            ["run", "mini", "--dry-run", "--gpu", "nonsense"],
+            "is not an amount of GPU memory. Write a number and kB, MB, GB or TB: 24GB.",
+        ),
         (["explain", "s", "--price", "1,1" + 400 * "0"], "out of range"),
         (["harvest", "m", "--site", "a", "--prompts", "p", "--out", "o", "--max-bytes", "9" * 400 + "TB"], "out of range"),
     ],

@@ -19,7 +19,7 @@ from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalC
 from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.features import CollectCommand
-from difflex.commands.flags import TOKENS, Bytes, Pixels, PrecisionChoice, located
+from difflex.commands.flags import TOKENS, GPUMemory, Pixels, PrecisionChoice, located
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.study import ReportCommand, command_words
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
@@ -325,7 +325,7 @@ class RunCommand(Command):
     """Stop after the last command with this verb: harvest, train, ..."""
     dry_run: FlagCreatePairsOff[bool] = False
     """Print the commands with their state, disk, memory and time, and run nothing."""
-    gpu: Annotated[Bytes, arg(help_behavior_hint="(default: this machine's)")] = None
+    gpu: Annotated[GPUMemory, arg(help_behavior_hint="(default: this machine's)")] = None
     """With --dry-run, plan for a GPU with so much free memory, as in 24GB."""
 
     def __call__(self) -> None:

@@ -109,10 +109,10 @@ def _noise_levels(words: list[str]) -> tuple[float, ...]:
     return tuple(sorted(set(map(float, parts))))
 
 
-def _bytes(words: list[str]) -> int:
+def _bytes(words: list[str], what: str = "a size on disk", example: str = "100GB") -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(kB|MB|GB|TB)?", words[0])
     if not match:
-        raise ValueError(f"{_quoted(words)} is not a size on disk. Write a number and kB, MB, GB or TB: 100GB.")
+        raise ValueError(f"{_quoted(words)} is not {what}. Write a number and kB, MB, GB or TB: {example}.")
     return int(_limited(float, match[1], 0, 1e18) * SIZES[match[2] or ""])
 
 
@@ -218,7 +218,9 @@ Seeds = Annotated[range, RANGE, arg(aliases=["--seed"])]
 """Whole numbers from START up to but not END, as in Python; one number, also as `--seed N`, is that number alone."""
 StepRange = Annotated[range | None, RANGE]
 """Denoising steps from START up to but not END."""
-KeptSteps = Annotated[range | None, _flag(_every_nth, "START:END:EVERY", lambda value: f"{value.start}:{value.stop}:{value.step}")]
+KeptSteps = Annotated[
+    range | None, _flag(_every_nth, "START:END:EVERY", lambda value: f"{value.start}:{value.stop}:{value.step}")
+]
 """Denoising steps from START up to but not END, all or each EVERY-th."""
 Pixels = Annotated[tuple[int, int] | None, _flag(_pixels, "HEIGHTxWIDTH", lambda value: f"{value[0]}x{value[1]}")]
 """Height and width of an image."""
@@ -233,6 +235,7 @@ NoiseLevels = Annotated[tuple[float, ...], _flag(_noise_levels, "LEVEL,...", _wi
 """Noise levels between 0 (the image) and 1 (pure noise)."""
 Bytes = Annotated[int | None, _flag(_bytes, "SIZE", str)]
 """A size on disk."""
+GPUMemory = Annotated[int | None, _flag(lambda words: _bytes(words, "an amount of GPU memory", "24GB"), "SIZE", str)]
 Prices = Annotated[tuple[float, float] | None, _flag(_prices, "IN,OUT", _with_commas)]
 """The price of a million tokens, in and out."""
 

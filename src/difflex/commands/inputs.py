@@ -65,7 +65,7 @@ def harvest_settings(pipe: "Pipeline", command: "HarvestCommand") -> StudySettin
         prompts_revision=command.prompts_revision,
         shuffle=command.shuffle,
         seeds=(command.seeds.start, command.seeds.stop),
-        keep_steps=kept and (kept.start, kept.stop, *((kept.step,) if kept.step > 1 else ())),
+        keep_steps=None if kept is None else (kept.start, kept.stop, *((kept.step,) if kept.step > 1 else ())),
     )
 
 
