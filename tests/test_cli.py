@@ -250,14 +250,14 @@ def test_generate_reports_a_file_that_cannot_be_written(paint_box: PaintBox, tmp
 
 
 def test_models_shows_the_defaults_of_each_model(tmp_path: Path):
-    card = {"pixels": [[64, 64], [64, 96]], "steps": 4, "guidance": 1.0, "words": ["a", "red", "star"]}
+    card = {"pixels": [[64, 64], [64, 96]], "steps": 4, "guidance": 1.0, "words": ["a", "red", "star"], "description": "Small."}
     model(tmp_path, "mini-flux", json.dumps(card))
     model(tmp_path, "plain", None)
     (tmp_path / "notes").mkdir()
     head, mini, plain = [re.split(r" {2,}", line) for line in models_table(tmp_path).splitlines()]
-    assert head == ["model", "pixels", "steps", "guidance", "words", "MB"]
-    assert mini == ["mini-flux", "64x64 64x96", "4", "1.0", "3", "2.0"]
-    assert plain == ["plain", "-", "-", "-", "-", "2.0"]
+    assert head == ["model", "pixels", "steps", "guidance", "words", "MB", "description"]
+    assert mini == ["mini-flux", "64x64 64x96", "4", "1.0", "3", "2.0", "Small."]
+    assert plain == ["plain", "-", "-", "-", "-", "2.0", "-"]
 
 
 def test_models_reports_an_empty_package(tmp_path: Path):

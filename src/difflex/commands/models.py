@@ -21,7 +21,7 @@ MODEL_DEFAULT = "(default: the model's own)"
 @final
 @dataclass(frozen=True, kw_only=True)
 class ModelsCommand(Command):
-    """List the models inside the package: image sizes (the default first), default steps and guidance, known words, size."""
+    """List the models inside the package: image sizes (the default first), default steps and guidance, words, size."""
 
     def __call__(self) -> None:
         print(models_table(Path(str(files("difflex") / "models"))))
@@ -32,7 +32,7 @@ def models_table(root: Path) -> str:
     rows = [_model_row(index.parent) for index in sorted(root.glob("*/model_index.json"))]
     if not rows:
         return f"No model is inside the package ({root})."
-    return text_table([("model", "pixels", "steps", "guidance", "words", "MB"), *rows])
+    return text_table([("model", "pixels", "steps", "guidance", "words", "MB", "description"), *rows])
 
 
 def _model_row(folder: Path) -> tuple[str, ...]:
@@ -41,7 +41,8 @@ def _model_row(folder: Path) -> tuple[str, ...]:
     sizes = " ".join(f"{height}x{width}" for height, width in defaults.get("pixels", []))
     steps, guidance = defaults.get("steps", "-"), defaults.get("guidance", "-")
     words = len(defaults.get("words", [])) or "-"
-    return folder.name, sizes or "-", str(steps), str(guidance), str(words), f"{megabytes:.1f}"
+    description = str(defaults.get("description", "-"))
+    return folder.name, sizes or "-", str(steps), str(guidance), str(words), f"{megabytes:.1f}", description
 
 
 def _read_defaults(path: Path) -> dict[str, Any]:
