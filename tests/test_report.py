@@ -70,9 +70,9 @@ def tips(page: str, figure: str) -> list[str]:
 
 def test_a_whole_study_has_every_figure(tmp_path: Path):
     page = page_of(full_study(tmp_path / "study"), control_study(tmp_path / "control"))
-    names = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "knowledge"}
+    names = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "roles"}
     names |= {"dictionaries", "claims", "images", "paper"} | EXPLANATIONS | STEERING
-    assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == names
+    assert {path.stem for path in (tmp_path / "study" / "report").glob("*.csv")} == names
     assert set(re.findall(r'id="figure-(\w+)"', page)) == names
     # Steering has two groups, neither of them texture; three features are explained, and the claim takes ten.
     assert "Not measured yet" not in page and {own.name for own in _unmeasured(tmp_path)} == {"steering", "surfaces"}
@@ -192,14 +192,17 @@ def test_a_csv_file_holds_what_is_drawn(tmp_path: Path, figure: str, column: str
 def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp_path: Path):
     study = full_study(tmp_path)
     page = page_of(study)
-    norms, knowledge, features = (rows_of(study, name) for name in ("norms", "knowledge", "features"))
+    norms, roles, features = (rows_of(study, name) for name in ("norms", "roles", "features"))
     assert [
         f"{row['site']}\ntimestep {float(row['timestep']):g}\nmean norm {number(float(row['norm']), 4)}" for row in norms
     ] == tips(page, "norms")
-    assert len(knowledge) == len(tips(page, "knowledge")) == 2 * 2 * 3 and len(features) == len(tips(page, "features"))
+    assert len(roles) == len(tips(page, "roles")) == 2 * 2 * 2 * 2 and len(features) == len(tips(page, "features"))
+    assert {float(row["mean AP"]) for row in roles if row["method"] == "topk-1024-k16" and row["group"] == "colour"} == {
+        (0.9 + 0.8) / 2
+    }
     best = [row for row in features if row["method"] == "topk-1024-k16"]
     assert max(float(row["AP at least"]) for row in best) == 0.9 and best[0]["share of features"] == "1.0"
-    assert [row["detected"] for row in rows_of(study, "coverage") if row["method"] == "topk-1024-k16"] == ["2"]
+    assert [row["detected"] for row in rows_of(study, "coverage") if row["method"] == "topk-1024-k16"] == ["2", "2"]
 
 
 def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):

@@ -1,6 +1,7 @@
 """The page of a report: its sections in order, laid out by a template, and the sections about the study and its commands."""
 
 import base64
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from markupsafe import Markup
 from difflex.errors import DifflexError
 from difflex.files import write_file
 from difflex.report.claims import claims
-from difflex.report.drawing import element
+from difflex.report.drawing import Drawing, element
 from difflex.report.drawing.charts import legend
 from difflex.report.facts import StudyFacts
 from difflex.report.figures import ReportFigure, ReportSection
@@ -31,10 +32,12 @@ from difflex.study import CommandRecord, Study
 Spell = Callable[[CommandRecord], Sequence[str]]
 """From a record of the log to the words of its command line."""
 HERE = Path(__file__).parent
+MARGIN = 14.0
+"""Around a drawing in a file of its own."""
 
 
 def write_report(study: Study, control: Study | None = None, spell: Spell | None = None) -> list[Path]:
-    """Write the report of `study` and return its files: the page, then the numbers of each figure.
+    """Write the report of `study` and return its files: the page, the numbers of each figure, and some drawings.
 
     `control` is a study of the same model untrained; `spell` returns the words of a command.
     """
@@ -44,9 +47,12 @@ def write_report(study: Study, control: Study | None = None, spell: Spell | None
     page = study.folder / "report.html"
     write_file(page, render("page.html", sections, facts=facts).encode())
     figures = [figure for section in sections for figure in section.figures]
-    files = {study.folder / "report" / f"{figure.name}.csv": figure.csv for figure in figures}
+    folder = study.folder / "report"
+    files = {folder / f"{figure.name}.csv": figure.csv for figure in figures}
     assert len(files) == len(figures), "two figures of one name would share a file"
-    for stale in set((study.folder / "report").glob("*.csv")) - files.keys():
+    for figure in figures:
+        files |= {folder / f"{name}.svg": _svg_file(drawing) for name, drawing in figure.files.items()}
+    for stale in {*folder.glob("*.csv"), *folder.glob("*.svg")} - files.keys():
         stale.unlink()  # of a figure that the study no longer has
     for path, text in files.items():
         write_file(path, text.encode())
@@ -65,6 +71,19 @@ def render(template: str, sections: Sequence[ReportSection], **values: object) -
     return environment.get_template(template).render(
         sections=sections, style=style, script=script, legend=legend, download=_download, **values
     )
+
+
+def _svg_file(drawing: Drawing) -> str:
+    """Return a drawing as a file of its own, on paper with margins, in light or dark as the reader prefers."""
+    box = re.search(r'viewBox="0 0 (\S+) (\S+)"', drawing.svg)
+    assert box, "every drawing has a box"
+    width, height = (float(side) + 2 * MARGIN for side in box.groups())
+    size = f'width="{width:g}" height="{height:g}" style="width: {width:g}px; height: {height:g}px; max-width: none"'
+    place = f'xmlns="http://www.w3.org/2000/svg" viewBox="{-MARGIN:g} {-MARGIN:g} {width:g} {height:g}" {size}'
+    head, _, inside = str(drawing.svg).replace(box.group(), place, 1).partition(">")
+    style = (HERE / "drawing/drawing.css").read_text(encoding="utf-8")
+    paper = element("rect", x=-MARGIN, y=-MARGIN, width=width, height=height, class_="paper")
+    return f"{head}><style>{style}</style>{paper}{inside}"
 
 
 def problem_list(title: str, problems: Sequence[str]) -> Markup:

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -38,6 +38,8 @@ class ReportFigure:
     rows: Sequence[tuple[str | float | None, ...]]
     """The numbers behind the drawings."""
     drawings: Sequence[Drawing] = ()
+    files: Mapping[str, Drawing] = field(default_factory=dict)
+    """Those of the drawings that are SVG files as well, by the names of their files."""
     legend: Sequence[Series] = ()
     ramp: Markup = EMPTY
     """The legend of a heat map."""

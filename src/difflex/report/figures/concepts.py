@@ -4,18 +4,17 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from difflex.evaluation.concepts.results import ConceptResult, NoiseLevelResult, count_detected
+from difflex.evaluation.concepts.results import ConceptResult, count_detected
 from difflex.report.drawing import Axis, Drawing
 from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, Series, SeriesStyle, plot, row_chart
-from difflex.report.drawing.heat import HeatCell, heat_map, ramp
 from difflex.report.facts import MatchFacts, StudyFacts
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
+from difflex.report.figures.roles import PROBE_NAME, roles
 from difflex.report.style import kind_series, number, percent
 
 Blocks = Mapping[str, Sequence[MatchFacts]]
 GRID = tuple(i / 50 for i in range(51))
 """The average precisions at which a distribution is drawn."""
-PROBE_NAME = "a linear probe"
 COVERAGE = Series("coverage", "concepts detected (AP ≥ 0.8)", SeriesStyle(8, "circle"), line=False)
 MEAN = Series("mean", "mean AP of the best features", SeriesStyle(8, "ring"), line=False)
 PROBE = Series("probe", PROBE_NAME, SeriesStyle(8, "square"), line=False)
@@ -31,18 +30,14 @@ def concepts(facts: StudyFacts) -> ReportSection:
         lead="Every feature is compared with concepts whose place in images is known. The best feature of a concept is chosen on "
         "training images and measured on held-out ones; AP is average precision over tokens, 1 for a feature that fires where "
         "the concept is and nowhere else.",
-        parts=[_features(blocks), _coverage(blocks), _knowledge(blocks)] if blocks else [missing],
+        parts=[*roles(facts), _features(blocks), _coverage(blocks)] if blocks else [missing],
     )
 
 
 def mean_ap(results: Sequence[ConceptResult], probe: bool = False) -> float | None:
     """Return the mean over concepts of the AP of their best features, or of a linear probe."""
-    values = _aps(results, probe)
+    values = [(result.probe if probe else result.best.ap).value for result in results]
     return sum(values) / len(values) if values else None
-
-
-def _aps(results: Sequence[ConceptResult], probe: bool) -> list[float]:
-    return [(result.probe if probe else result.best.ap).value for result in results]
 
 
 def _series(match: MatchFacts) -> Series:
@@ -141,69 +136,3 @@ def _coverage_row(match: MatchFacts) -> ChartRow:
         (series._replace(style=series.style._replace(colour=colour)), point) for series, point in ((MEAN, ap), (COVERAGE, share))
     ]
     return ChartRow(match.name, own, f"{detected} of {total}")
-
-
-def _knowledge(blocks: Blocks) -> ReportFigure:
-    drawings, rows = [], []
-    for path, matches in blocks.items():
-        trained = [match for match in matches if match.is_trained] or list(matches)
-        best = max(trained, key=lambda match: mean_ap(match.overall.results) or 0.0)
-        for name, probe in ((PROBE_NAME, True), (best.name, False)):
-            drawings.append(_knowledge_map(path, name, best, probe))
-            rows += [
-                (path, name, group, _noise(best, level), len(results), mean_ap(results, probe), _detected(results, probe))
-                for level in best.matches.levels
-                for group in _groups(best)
-                if (results := level.of(group))
-            ]
-    return ReportFigure(
-        name="knowledge",
-        title="What each layer represents, by noise level",
-        caption="Groups of concepts by how noisy the image was (0 is the image, 1 pure noise): how well a linear probe finds "
-        "them in the whole activation, and how well single features of the best dictionary there show them.",
-        formula="mean over the concepts of a group of AP; in the CSV also the number detected (AP ≥ 0.8)",
-        columns=("block", "method", "group", "noise", "concepts", "mean AP", "detected"),
-        rows=rows,
-        drawings=drawings,
-        ramp=ramp("0", "1", "mean AP"),
-        paired=True,
-    )
-
-
-def _knowledge_map(path: str, name: str, match: MatchFacts, probe: bool) -> Drawing:
-    overall, *levels = match.matches.levels
-    levels.append(overall)
-    groups = _groups(match)
-
-    def cell(group: str, level: NoiseLevelResult) -> HeatCell | None:
-        results = level.of(group)
-        mean = mean_ap(results, probe)
-        if mean is None:
-            return None
-        detected = f"{_detected(results, probe)} of {len(results)} concepts detected"
-        return HeatCell(mean, f"{mean:.2f}", f"{group}, noise {_noise(match, level)}\nmean AP {number(mean)}\n{detected}\n{name}")
-
-    return heat_map(
-        f"{path}: {name}",
-        "Mean average precision: a row for each group of concepts, a column for each noise level.",
-        rows=groups,
-        columns=[_noise(match, level) for level in levels],
-        cells=[[cell(group, level) for level in levels] for group in groups],
-        label="noise level",
-    )
-
-
-def _detected(results: Sequence[ConceptResult], probe: bool) -> int:
-    return sum(ap >= 0.8 for ap in _aps(results, probe))
-
-
-def _groups(match: MatchFacts) -> list[str]:
-    return list(dict.fromkeys(concept.group for concept in match.matches.concepts))
-
-
-def _noise(match: MatchFacts, level: NoiseLevelResult) -> str:
-    """Return a noise level; for all together `all`, or the noise if it is the only one."""
-    if level.noise is not None:
-        return f"{level.noise:g}"
-    inputs, alone = match.matches.inputs, len(match.matches.levels) == 1
-    return ",".join(f"{noise:g}" for noise in inputs.config.noise) if inputs and alone else "all"
