@@ -82,7 +82,7 @@ class ReportCommand(Command):
 @final
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand(Command):
-    """Compare two studies: their settings, their dictionaries, and every metric of the dictionaries that both have."""
+    """Compare two studies: settings, block roles, dictionaries and their metrics, detected concepts, explanations, steering."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """The folder of a study."""

@@ -1,4 +1,4 @@
-"""Two studies compared: settings, dictionaries, and the differences of every metric of those in both, as text and as a page."""
+"""Two studies compared, as text and as a page: settings, dictionaries and their metrics, block roles, explanations, steering."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -7,8 +7,20 @@ from markupsafe import Markup
 
 from difflex.files import write_file
 from difflex.report.comparison.pairs import DetectionPair, MetricPair, StudyComparison, compare
+from difflex.report.comparison.sites import (
+    clearest,
+    explanations_section,
+    found_figure,
+    found_lines,
+    roles_of,
+    roles_section,
+    signed,
+    steering_section,
+    study_chart,
+    study_series,
+)
 from difflex.report.drawing import Axis, Drawing, element
-from difflex.report.drawing.charts import ChartRow, PlotPoint, Series, SeriesStyle, row_chart
+from difflex.report.drawing.charts import PlotPoint
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, SortableRow, html_table, sortable_table
 from difflex.report.page import problem_list, render
 from difflex.report.style import count, number, percent
@@ -16,8 +28,6 @@ from difflex.tables import text_table
 
 __all__ = ["StudyComparison", "compare", "describe", "write_comparison"]
 
-STYLES = {"first": SeriesStyle(0, "circle"), "second": SeriesStyle(1, "ring")}
-"""The ring is visible around the circle where both have the same value."""
 DRAWN = {"FVU": number, "dead": percent, "v / mean": percent}
 """The metrics that are drawn and how they are written; the table has all."""
 PRINTED = ("FVU", "r2", "L0", "dead", "v / mean", "PSNR")
@@ -28,13 +38,13 @@ ROWS = 40
 
 def write_comparison(comparison: StudyComparison, path: Path) -> Path:
     """Write a self-contained page about two studies and return its path."""
-    sections = [_settings(comparison), _dictionaries(comparison), _metrics(comparison), _concepts(comparison)]
+    sections = [section(comparison) for section in SECTIONS]
     write_file(path, render("comparison.html", sections, names=comparison.names).encode())
     return path
 
 
 def describe(comparison: StudyComparison) -> str:
-    """Return the differences as lines of text: settings, dictionaries, and the most important metrics."""
+    """Return the differences as lines of text: settings, dictionaries, the most important metrics, and concepts by block."""
     first, second = comparison.names
     parts = [f"{first} ({comparison.first.study.model}) and {second} ({comparison.second.study.model})"]
     settings = [(verb, flag, a or "-", b or "-") for verb, flag, a, b in comparison.settings]
@@ -42,9 +52,18 @@ def describe(comparison: StudyComparison) -> str:
     parts.append(f"dictionaries in both: {len(comparison.pairs)}")
     for name, only in zip(comparison.names, comparison.only, strict=True):
         parts += [f"only in {name}: {', '.join(d.name for d in only)}"] if only else []
+    studies = roles_of(comparison)
+    for what, probe in (("one feature", False), ("a probe", True)):
+        heads = ("", *(name for name, _ in studies))
+        parts += _table(f"where each group of concepts is clearest to {what}", heads, clearest(studies, probe))
+    for name, own in studies:
+        heads = ("", *own.groups, "all", "found by a probe")
+        parts += _table(f"concepts of {name} that one feature detects", heads, found_lines(own))
     metrics = [
         pair for pair in comparison.metrics if pair.column.name in PRINTED and not (pair.first is None and pair.second is None)
     ]
+    shared = {pair.name for pair in comparison.pairs}
+    metrics = [pair for pair in metrics if pair.dictionary in shared] or metrics
     lines = [
         (pair.dictionary, pair.column.name, *map(number, (pair.first, pair.second, pair.difference)))
         for pair in metrics
@@ -105,8 +124,8 @@ def _dictionaries(comparison: StudyComparison) -> ReportSection:
     return ReportSection(
         name="dictionaries",
         title="Dictionaries",
-        lead=f"{count(len(comparison.pairs), 'dictionary', 'dictionaries')} of the same site and label in both. Only these are "
-        "compared below.",
+        lead=f"{count(len(comparison.pairs), 'dictionary', 'dictionaries')} of the same site and label in both."
+        " The others are shown with the values of their own study.",
         body=element("dl", *entries, class_="summary"),
     )
 
@@ -115,73 +134,58 @@ def _metrics(comparison: StudyComparison) -> ReportSection:
     pairs = comparison.metrics
     figure = ReportFigure(
         name="differences",
-        title="Metrics of the dictionaries in both",
-        caption="Each dictionary at its value in the first study and in the second; the largest differences come first"
-        + (f", {ROWS} at most." if len(comparison.pairs) > ROWS else "."),
+        title="Metrics of the dictionaries",
+        caption="Each dictionary at its value in the first study and in the second; the largest differences come first, then the "
+        f"dictionaries of one study, {ROWS} rows at most.",
         formula="FVU = sum |x - y|² / sum |x - mean x|² in model space; dead: share of features that fired at none of the "
         "tokens; v / mean: squared error of the prediction as a share of that with the mean in place of x",
         columns=("dictionary", "figure", *comparison.names, "difference"),
         rows=[(pair.dictionary, pair.column.name, pair.first, pair.second, pair.difference) for pair in pairs],
         drawings=[chart for name in DRAWN if (chart := _metric_chart(comparison, pairs, name)) is not None],
-        legend=_series(comparison),
+        legend=study_series(comparison),
     )
     return ReportSection(
         name="figures",
         title="How well activations are reconstructed",
         lead="Differences are the second study less the first.",
         body=_metrics_table(comparison, pairs) if pairs else Markup(),
-        parts=[figure if pairs else MissingFigure("Metrics of dictionaries that both studies have", "difflex evaluate STUDY")],
+        parts=[figure if pairs else MissingFigure("Metrics of dictionaries", "difflex evaluate STUDY")],
     )
 
 
 def _concepts(comparison: StudyComparison) -> ReportSection:
-    missing = MissingFigure("Methods compared with concepts in both studies", "difflex concepts STUDY")
+    missing = MissingFigure("Methods compared with concepts", "difflex concepts STUDY")
+    both = [_coverage(comparison), *_groups(comparison)] if comparison.detections else []
     return ReportSection(
         name="concepts",
         title="What features stand for",
         lead="The share of known concepts that one feature detects (average precision 0.8 or more), and the mean average "
         "precision of the best features by group of concepts.",
-        parts=[_coverage(comparison), *_groups(comparison)] if comparison.detections else [missing],
+        parts=[*found_figure(comparison), *both] or [missing],
     )
 
 
-def _series(comparison: StudyComparison) -> list[Series]:
-    return [Series(id, name, style, line=False) for (id, style), name in zip(STYLES.items(), comparison.names, strict=True)]
-
-
-def _row(comparison: StudyComparison, name: str, difference: str, *points: PlotPoint) -> ChartRow:
-    """Return a row with a point of each study, whose names are added to the tooltips."""
-    pairs = zip(_series(comparison), points, strict=True)
-    own = [(series, point._replace(tip=f"{name}\n{series.name}: {point.tip}")) for series, point in pairs]
-    return ChartRow(name, own, difference)
-
-
 def _metric_chart(comparison: StudyComparison, pairs: Iterable[MetricPair], name: str) -> Drawing | None:
-    """Return a row for each dictionary with its two values; None where no dictionary has both."""
-    drawn = [pair for pair in pairs if pair.column.name == name and pair.difference is not None]
-    drawn = sorted(drawn, key=lambda pair: -abs(pair.difference or 0.0))[:ROWS]
-    if not drawn:
-        return None
-    write, is_share = DRAWN[name], DRAWN[name] is percent
-    rows = []
-    for pair in drawn:
-        points = [PlotPoint(value, tip=f"{name} {write(value)}") for value in (pair.first, pair.second)]
-        rows.append(_row(comparison, pair.dictionary, _signed(pair.difference, is_share), *points))
-    about = f"{len(drawn)} dictionaries with two values each, the largest difference first."
-    return row_chart(name, about, Axis(label=name, low=0.0, percent=is_share), rows)
+    """Return a row for each dictionary with its values; None where no dictionary has any."""
+    write = DRAWN[name]
+    points = [
+        (i, pair.dictionary, PlotPoint(value, tip=f"{name} {write(value)}"))
+        for pair in pairs
+        if pair.column.name == name
+        for i, value in enumerate((pair.first, pair.second))
+        if value is not None
+    ]
+    axis = Axis(label=name, low=0.0, percent=write is percent)
+    return study_chart(comparison, name, axis, points, ROWS) if points else None
 
 
 def _coverage(comparison: StudyComparison) -> ReportFigure:
-    def row(pair: DetectionPair) -> ChartRow:
-        points = []
-        for level in pair.levels:
-            value, low, high = level.coverage
-            points.append(PlotPoint(value, tip=f"{percent(value)} ({percent(low)} to {percent(high)})", low=low, high=high))
-        return _row(comparison, pair.name, _signed(pair.coverage.value, share=True), *points)
-
+    points = []
+    for name, i, level in ((pair.name, i, level) for pair in comparison.detections for i, level in enumerate(pair.levels)):
+        value, low, high = level.coverage
+        tip = f"{percent(value)} ({percent(low)} to {percent(high)})"
+        points.append((i, name, PlotPoint(value, tip=tip, low=low, high=high)))
     columns = [f"{name}{bound}" for name in comparison.names for bound in ("", ", low", ", high")]
-    drawn = sorted(comparison.detections, key=lambda pair: -abs(pair.coverage.value))[:ROWS]
-    about = f"{len(drawn)} methods with two shares each, the largest difference first."
     axis = Axis(label="share of concepts", low=0.0, high=1.0, percent=True)
     return ReportFigure(
         name="coverage",
@@ -194,8 +198,8 @@ def _coverage(comparison: StudyComparison) -> ReportFigure:
             (pair.name, *(bound for level in pair.levels for bound in level.coverage), *pair.coverage)
             for pair in comparison.detections
         ],
-        drawings=[row_chart("coverage", about, axis, [row(pair) for pair in drawn])],
-        legend=_series(comparison),
+        drawings=[study_chart(comparison, "coverage", axis, points, ROWS)],
+        legend=study_series(comparison),
     )
 
 
@@ -207,12 +211,9 @@ def _groups(comparison: StudyComparison) -> list[ReportFigure]:
         return []
 
     def chart(pair: DetectionPair) -> Drawing:
-        rows = []
-        for group, (first, second) in pair.groups.items():
-            points = [PlotPoint(value, tip=f"mean AP {number(value)}") for value in (first, second)]
-            rows.append(_row(comparison, group, _signed(second - first), *points))
-        axis = Axis(label="mean AP of the best features", low=0.0, high=1.0)
-        return row_chart(pair.name, f"{len(rows)} groups of concepts.", axis, rows)
+        values = [(i, group, ap) for group, aps in pair.groups.items() for i, ap in enumerate(aps)]
+        points = [(i, group, PlotPoint(ap, tip=f"mean AP {number(ap)}")) for i, group, ap in values]
+        return study_chart(comparison, pair.name, Axis(label="mean AP of the best features", low=0.0, high=1.0), points)
 
     figure = ReportFigure(
         name="groups",
@@ -222,7 +223,7 @@ def _groups(comparison: StudyComparison) -> list[ReportFigure]:
         columns=("method", "group", *comparison.names, "difference"),
         rows=[(pair.name, group, a, b, b - a) for pair in pairs for group, (a, b) in pair.groups.items()],
         drawings=[chart(pair) for pair in pairs],
-        legend=_series(comparison),
+        legend=study_series(comparison),
     )
     return [figure]
 
@@ -231,16 +232,12 @@ def _metrics_table(comparison: StudyComparison, pairs: Iterable[MetricPair]) -> 
     rows = []
     for pair in pairs:
         values = [(value, pair.column.write(value)) for value in (pair.first, pair.second)]
-        values.append((pair.difference, _signed(pair.difference)))
+        values.append((pair.difference, signed(pair.difference)))
         rows.append(SortableRow(pair.dictionary, pair.column.name, values, pair.column.meaning))
     heads = dict.fromkeys(("dictionary", "figure", *comparison.names, "difference"), "")
-    table = sortable_table(heads, rows, "Metrics of all dictionaries in both")
+    table = sortable_table(heads, rows, "Metrics of all dictionaries")
     return element("details", element("summary", f"All {count(len(rows), 'metric')} as a table"), table)
 
 
-def _signed(value: float | None, share: bool = False) -> str:
-    """Return a difference with its sign; that of two shares in percentage points."""
-    if value is None or value != value:
-        return number(value)
-    sign = "+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else "±"
-    return f"{sign}{number(100 * abs(value))} points" if share else f"{sign}{number(abs(value))}"
+SECTIONS = (_settings, roles_section, _dictionaries, _metrics, _concepts, explanations_section, steering_section)
+"""The sections in their order on the page."""

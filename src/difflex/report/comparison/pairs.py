@@ -48,7 +48,7 @@ class DictionaryPair(NamedTuple):
 
 
 class MetricPair(NamedTuple):
-    """A metric of a dictionary in both studies."""
+    """A metric of a dictionary in both studies; None where it was not measured."""
 
     dictionary: str
     column: TableColumn
@@ -111,10 +111,16 @@ class StudyComparison:
 
     @property
     def metrics(self) -> list[MetricPair]:
-        """Every metric of every dictionary that both have evaluated."""
-        evaluated = [(pair.name, both) for pair in self.pairs if (both := pair.evaluations) is not None]
-        columns = metric_columns(evaluation for _, both in evaluated for evaluation in both)
-        return [MetricPair(name, column, *map(column.value, both)) for name, both in evaluated for column in columns]
+        """Every metric of every dictionary that one of them has evaluated, those of both first."""
+        ours, theirs = ({d.name: d.metrics for d in facts.evaluated} for facts in (self.first, self.second))
+        names = sorted({**ours, **theirs}, key=lambda name: not (name in ours and name in theirs))
+        columns = metric_columns([*ours.values(), *theirs.values()])
+        both = [(name, ours.get(name), theirs.get(name)) for name in names]
+        return [
+            MetricPair(name, c, first and c.value(first), second and c.value(second))
+            for name, first, second in both
+            for c in columns
+        ]
 
     @property
     def problems(self) -> list[str]:
@@ -127,6 +133,9 @@ class StudyComparison:
                 problems.append(f"{pair.name}: no valid evaluation in {' and '.join(lacking)}. Run difflex evaluate.")
         warnings = [(warning, pair.name) for pair in self.pairs for warning in pair.warnings]
         images = "concepts measured on different images, or in different ways"
+        models = [facts.study.model for facts in (self.first, self.second)]
+        if models[0] != models[1]:
+            problems.append(f"{models[0]} and {models[1]} are two models: a site of one name need not be the same place in both.")
         warnings += [(images, pair.name) for pair in self.detections if pair.first.settings != pair.second.settings]
         by_text = group_by(warnings, lambda warning: warning[0]).items()
         return [*problems, *(f"{text.capitalize()}: {', '.join(name for _, name in own)}." for text, own in by_text)]

@@ -41,9 +41,9 @@ EMPTY = "#c8c8c8"
 
 def explanations(facts: StudyFacts) -> ReportSection:
     """Return the section about explanations in words."""
-    explained = _methods(facts.study, facts.books)
+    explained = explained_methods(facts.study, facts.books)
     if facts.control is not None:
-        control = _methods(facts.control, facts.control_books)
+        control = explained_methods(facts.control, facts.control_books)
         explained += [replace(method, dictionary=f"{method.dictionary}{UNTRAINED}") for method in control]
     comparison, missing = compare_methods(explained), MissingFigure("Explanations and their scores", "difflex explain STUDY")
     return ReportSection(
@@ -55,7 +55,7 @@ def explanations(facts: StudyFacts) -> ReportSection:
     )
 
 
-def _methods(study: Study, refs: Iterable[DictionaryRef]) -> list[ExplainedMethod]:
+def explained_methods(study: Study, refs: Iterable[DictionaryRef]) -> list[ExplainedMethod]:
     """Return the judged explanations in the books of these dictionaries."""
     explained = []
     for ref in refs:
