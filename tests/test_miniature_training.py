@@ -1,4 +1,4 @@
-"""The training of the miniature: an exact encoder, the flow convention of the pipeline, resuming after a kill."""
+"""The training of the miniature: an exact encoder, the flow convention of the pipeline, resuming after a kill, devices."""
 
 import json
 import os
@@ -6,51 +6,82 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
+from other_device import other_device
+from torch import Tensor, nn
 
-from difflex.errors import BrokenFile, StaleWork
+from difflex.errors import BrokenFile, NonFinite, StaleWork
 from difflex.files import folder_lock
+from difflex.miniature import flow, learner, training
 from difflex.miniature.__main__ import main as miniature_main
-from difflex.miniature.architecture import MiniatureConfig, decoder_losses, untrained_pipeline, write_encoder
+from difflex.miniature.architecture import MiniatureConfig, PatchComponents, decoder_losses, untrained_pipeline, write_encoder
 from difflex.miniature.captions import WORDS
 from difflex.miniature.drawing import draw
-from difflex.miniature.exporting import export, generate_images
+from difflex.miniature.exporting import TrainingRecord, write_card
 from difflex.miniature.flow import (
+    SIZES,
     CaptionTokens,
+    FlowBatch,
     FlowModel,
     FlowRecipe,
+    FlowSize,
     GuidanceTeacher,
-    flow_losses,
-    make_batch,
-    noise_levels,
-    rate_factor,
-    train_update,
-    training_batch,
+    draw_latents,
+    flow_loss,
 )
 from difflex.miniature.judge import Judge
+from difflex.miniature.learner import FlowLearner, FlowOptimiser
 from difflex.miniature.scoring import THRESHOLDS, examine, shortfalls
-from difflex.miniature.training import FlowState, HeldOutLoss, TrainingFolder, fit_components, pack, train_flow
-from difflex.tensors import write_tensors
+from difflex.miniature.training import CaptionChunks, ChunkPlan, FlowTraining, TrainingFolder, train_flow
+from difflex.miniature.world import SHAPES, SceneMix
+from difflex.tensors import read_tensors
 
 # FLUX's query and key norms hold float32 weights, under autocast as in any mixed-precision training.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 TINY = MiniatureConfig(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
-SHORT = FlowRecipe(updates=12, batch=4, guided_from=0.25)
+SHORT = FlowRecipe(length=12, batch=4, guided_from=0.5)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def tiny_size(monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", FlowSize(config=TINY))
 
 
 @pytest.fixture(scope="module")
-def components(tmp_path_factory):
-    return fit_components(TrainingFolder(tmp_path_factory.mktemp("run")))
+def components():
+    return PatchComponents.of(draw(torch.arange(512)).images * 2 - 1)
 
 
 @pytest.fixture
 def pipeline():
     return untrained_pipeline(TINY, seed=0)
+
+
+def filled_batch(scenes: int, components: PatchComponents, captions: list[str] | None = None) -> FlowBatch:
+    drawn, generator = draw(torch.arange(scenes)), torch.Generator().manual_seed(0)
+    ids = CaptionTokens(untrained_pipeline(TINY, 0))(captions or drawn.captions)
+    level, noise = torch.rand(scenes, generator=generator), torch.randn(scenes, 64, 64, generator=generator)
+    return FlowBatch(*draw_latents(torch.arange(scenes), SceneMix(), components), *ids, level, noise)
+
+
+def trained(folder: Path, recipe: FlowRecipe = SHORT, device: torch.device = CPU) -> dict[str, Tensor]:
+    """Train the tiny size and return its state."""
+    folder.mkdir(exist_ok=True)
+    train_flow(TrainingFolder(folder), ["tiny"], recipe, device)
+    return read_tensors(folder / "flow.safetensors", training.FORMAT, "").tensors
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
 def test_the_encoder_computes_the_components(pipeline, components):
@@ -59,6 +90,14 @@ def test_the_encoder_computes_the_components(pipeline, components):
     encoded = pipeline.vae.encode(drawn).latent_dist.mode()
     assert (encoded - components.encode(drawn)).abs().max() < 2e-3
     assert abs(encoded.std() - 1) < 0.1
+
+
+def test_components_are_read_from_an_encoder(pipeline, components):
+    write_encoder(pipeline.vae, components._replace(weights=-components.weights))
+    read = PatchComponents.of_encoder(pipeline.vae)
+    drawn = draw(torch.arange(4)).images * 2 - 1
+    assert torch.equal(read.weights, -components.weights)
+    assert torch.allclose(read.encode(drawn), -components.encode(drawn), atol=1e-5)
 
 
 def test_the_decoder_learns(pipeline, components):
@@ -77,6 +116,12 @@ def test_unknown_words_are_spelled(pipeline):
     assert pipeline.tokenizer_2.unk_token_id not in pipeline.tokenizer_2("zebra").input_ids
 
 
+def test_long_captions_are_cut_as_the_tokenizers_cut_them(pipeline):
+    caption = " ".join(WORDS[:40])
+    for ids, tokenizer in zip(CaptionTokens(pipeline)([caption]), (pipeline.tokenizer, pipeline.tokenizer_2), strict=True):
+        assert ids[0].tolist() == tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length).input_ids
+
+
 @torch.no_grad()
 def test_training_uses_the_conventions_of_the_pipeline(pipeline):
     """One Euler step of the real pipeline is noise - velocity, with our ids, packing, texts and noise level."""
@@ -88,74 +133,120 @@ def test_training_uses_the_conventions_of_the_pipeline(pipeline):
     assert torch.allclose(latents, noise - velocity, atol=1e-5)
 
 
-def test_latents_are_packed_as_the_pipeline_packs_them(pipeline, components):
-    scenes = draw(torch.arange(2))
-    latents = components.encode(scenes.images * 2 - 1)
+def test_latents_are_packed_as_the_pipeline_packs_them(components):
+    latents = components.encode(draw(torch.arange(2)).images * 2 - 1)
     packed = FluxPipeline._pack_latents(latents, 2, 16, 16, 16)
-    assert torch.equal(make_batch(scenes, components, CaptionTokens(pipeline), scenes.captions).latents, packed)
+    assert torch.equal(draw_latents(torch.arange(2), SceneMix(), components).latents, packed)
 
 
-def test_concept_targets_are_token_shares(pipeline, components):
-    scenes = draw(torch.arange(5))
-    batch = make_batch(scenes, components, CaptionTokens(pipeline), scenes.captions)
-    assert torch.allclose(batch.concepts[:, :, 0], scenes.on_tokens("circle", 8).flatten(1))
-    objects = torch.stack([(scenes.slots >= 0).float().mean((1, 2))] * 3, dim=1)
-    groups = torch.stack([part.sum(2).mean(1) for part in batch.concepts.split([8, 10, 5], dim=2)], dim=1)
-    assert torch.allclose(groups, objects, atol=1e-5)
+def test_objects_are_the_shares_of_tokens_that_any_shape_covers(components):
+    shares = torch.stack([draw(torch.arange(5)).on_tokens(shape, 8).flatten(1) for shape in SHAPES]).sum(0)
+    assert torch.allclose(draw_latents(torch.arange(5), SceneMix(), components).objects, shares, atol=1e-6)
 
 
-def test_the_flow_is_learned(pipeline, components):
-    recipe, scenes = FlowRecipe(), draw(torch.arange(8))
-    state = FlowState(FlowModel(pipeline), recipe)
-    batch = make_batch(scenes, components, CaptionTokens(pipeline), scenes.captions)
-    history = [train_update(state.model, state.average, state.optimisers, batch, recipe, 300).flow for _ in range(30)]
-    assert torch.stack(history[-5:]).mean() < 0.9 * torch.stack(history[:2]).mean()
+def test_the_flow_is_learned(components):
+    model = FlowLearner("tiny", FlowRecipe(), filled_batch(8, components))
+    model.prepare()
+    history = []
+    for _ in range(30):
+        model.update(1.0)
+        history.append(model.loss.item())
+    assert sum(history[-5:]) / 5 < 0.9 * sum(history[:2]) / 2
 
 
-def test_the_learning_rate_warms_up_and_ends_at_zero():
-    recipe = FlowRecipe(updates=1000, decay_from=0.5)
-    factors = [rate_factor(recipe, update) for update in range(1000)]
-    assert factors[0] < 0.01 and factors[400] == 1 and factors[-1] < 1e-4
-    assert factors[500:] == sorted(factors[500:], reverse=True)
+def test_the_optimiser_computes_what_those_of_torch_compute():
+    """Muon orthogonalises in bfloat16, and here in stacks."""
+    model, other = (FlowModel(untrained_pipeline(TINY, 0)) for _ in range(2))
+    ours, generator = FlowOptimiser(model, FlowSize(config=TINY)), torch.Generator().manual_seed(0)
+    matrix = lambda name, x: "transformer_blocks" in name and x.ndim == 2 and ".norm" not in name  # noqa: E731
+    parts = [[x for name, x in other.named_parameters() if matrix(name, x) is side] for side in (True, False)]
+    muon = torch.optim.Muon(parts[0], lr=5e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(parts[1], lr=1.2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    start = [x.detach().clone() for x in model.parameters()]
+    for _ in range(3):
+        for x, y in zip(model.parameters(), other.parameters(), strict=True):
+            x.grad = torch.randn(x.shape, generator=generator)
+            y.grad = x.grad.clone()
+        nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        ours.begin_update(1.0)
+        ours.step()
+        muon.step()
+        adam.step()
+    assert not any(x.grad.any() for x in model.parameters() if x.grad is not None)
+    for (name, x), y, before in zip(model.named_parameters(), other.parameters(), start, strict=True):
+        assert torch.allclose(x, y, atol=0.1 * (y - before).abs().max().item() if matrix(name, y) else 1e-6)
 
 
-def test_the_last_part_of_the_training_has_more_pairs_and_noise(components, pipeline):
-    recipe = FlowRecipe(updates=100, batch=256, layout_from=0.5, layout_mix=(0.0, 1.0, 0.0), layout_level_mean=5.0)
-    captions = {update: training_batch(update, recipe, components, CaptionTokens(pipeline)).concepts for update in (49, 50)}
-    objects = {update: (shares[:, :, :10].sum(2).mean(1)).std() for update, shares in captions.items()}
-    assert objects[50] < objects[49]  # the area of pairs varies less than that of singles, pairs and copies together
-    levels = {update: noise_levels(256, recipe, torch.Generator().manual_seed(0), update) for update in (49, 50)}
-    assert levels[49].median() < 0.85 < 0.98 < levels[50].median()
+def test_the_learning_rate_warms_up_falls_and_begins_anew_with_guidance():
+    recipe = FlowRecipe(length=10_000)
+    factors = [recipe.rate_factor(recipe.progress(update, 0), update) for update in range(10_000)]
+    assert factors[0] < 0.01 and factors[4000] == 1 and 0.02 <= factors[8999] < 0.021
+    assert factors[5000:9000] == sorted(factors[5000:9000], reverse=True)
+    assert factors[9000] == 0.12 and factors[-1] < 1e-4
+
+
+def test_the_last_part_of_the_training_has_more_pairs_and_noise():
+    recipe = FlowRecipe(batch=512, mixes=((1, 0, 0), (0, 1, 0)), levels=((0, 0.1), (5, 0.1)), drop_caption=0.0)
+    assert [recipe.trains_layout(x) for x in (0.62, 0.64)] == [False, True]
+    state = FlowTraining(["tiny"], replace(recipe, batch=4), CPU)
+    for layout, level in ((False, 0.5), (True, 0.993)):
+        plan = ChunkPlan(3, 1, layout)
+        _, ids = CaptionChunks(replace(recipe, batch=4), state.tokenize)[plan]
+        assert torch.equal(ids.clip, state.tokenize(draw(plan.seeds(state._recipe), plan.mix(recipe)).captions).clip)
+        state._load((*state.batch[:4],), layout)
+        assert abs(state.batch.level.mean() - level) < 0.05
+
+
+def test_scenes_do_not_depend_on_how_many_updates_are_drawn_together():
+    state = FlowTraining(["tiny"], SHORT, CPU)
+    plans = {together: [*state.chunks(together)] for together in (1, 8)}
+    first, second = (torch.cat([plan.seeds(SHORT) for plan in each]) for each in plans.values())
+    assert torch.equal(first, second) and len(first.unique()) == 12 * 4
+    assert [plan.updates for plan in plans[8]] == [8, 4]
+
+
+def test_a_tenth_of_the_captions_is_empty():
+    recipe = FlowRecipe(batch=2000)
+    tokenize = CaptionTokens(untrained_pipeline(TINY, 0))
+    _, ids = CaptionChunks(recipe, tokenize)[ChunkPlan(0, 1, False)]
+    assert 0.08 < (ids.clip == tokenize([""]).clip).all(1).float().mean() < 0.12
 
 
 def test_the_teacher_returns_the_change_of_the_velocity_by_the_caption(pipeline, components):
-    model, texts = FlowModel(pipeline), CaptionTokens(pipeline)
-    guide = GuidanceTeacher(model, list(model.parameters()), texts)
-    batch = make_batch(draw(torch.arange(2)), components, texts, ["", "a red star on grass"])
-    noisy, level = torch.randn(batch.latents.shape), torch.full((2,), 0.9)
-    effect = guide(noisy, level, batch.clip, batch.t5)
-    empty = (ids.expand(2, -1) for ids in texts([""]))
+    model, empty = FlowModel(pipeline), CaptionTokens(pipeline)([""])
+    batch = filled_batch(2, components, ["", "a red star on grass"])
+    effect = GuidanceTeacher(model, empty).effect(batch.noise, batch.level, batch.clip, batch.t5)
     with torch.no_grad():
-        expected = model.velocity(noisy, level, batch.clip, batch.t5) - model.velocity(noisy, level, *empty)
-    assert torch.allclose(effect, expected, atol=1e-5)
+        captioned = model.velocity(batch.noise, batch.level, batch.clip, batch.t5)
+        plain = model.velocity(batch.noise, batch.level, *(ids.expand(2, -1) for ids in empty))
+    assert torch.allclose(effect, captioned - plain, atol=1e-5)
     assert effect[0].abs().max() < 1e-5 < 1e-3 < effect[1].abs().max()
 
 
-def test_guidance_moves_the_targets_along_the_effect(pipeline, components):
-    batch = make_batch(draw(torch.arange(4)), components, CaptionTokens(pipeline), [""] * 4)
-    model, recipe = FlowModel(pipeline), FlowRecipe(guidance=3.0, doubt=(-2.0, -1.0))
-    loss = lambda guide: flow_losses(model, batch, recipe, torch.Generator().manual_seed(0), 0, guide).flow  # noqa: E731
+def test_guidance_moves_the_targets_along_the_effect(pipeline, components, monkeypatch):
+    batch, recipe = filled_batch(4, components), FlowRecipe(guidance=3.0, doubt=(-2.0, -1.0))
+    teacher, model = GuidanceTeacher(FlowModel(untrained_pipeline(TINY, 0)), CaptionTokens(pipeline)([""])), FlowModel(pipeline)
     with torch.no_grad():
-        plain, zero, moved = loss(None), loss(lambda x, *_: torch.zeros_like(x)), loss(lambda x, *_: torch.full_like(x, 10.0))
-    assert torch.equal(plain, zero)
+        plain = flow_loss(model, batch, recipe)
+        monkeypatch.setattr(GuidanceTeacher, "effect", lambda self, x, *_: torch.full_like(x, 10.0))
+        moved = flow_loss(model, batch, recipe, teacher)
     assert abs(moved - plain - 400) < 40  # targets moved by (3 - 1) * 10 everywhere
 
 
-def test_the_loss_with_a_wrong_word_is_measured_for_every_group(pipeline, components):
-    held_out = HeldOutLoss(components, CaptionTokens(pipeline), scenes=64)
-    model = FlowModel(pipeline)
-    assert set(held_out.rises(model)) == {"background", "style", "colour", "size", "texture", "shape", "row", "column"}
-    assert held_out.loss(model) == held_out.loss(model)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The state of a whole training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", FlowSize(config=TINY))
+        return trained(tmp_path_factory.mktemp("whole"))
+
+
+def test_guidance_begins_from_the_average(whole):
+    start = [x.detach() for x in FlowModel(untrained_pipeline(TINY, 0)).parameters()]
+    moved = {
+        kind: sum((whole[f"tiny.{kind}.{i}"] - x).square().sum() for i, x in enumerate(start)) for kind in ("base", "average")
+    }
+    assert 0 < moved["base"] < moved["average"]
 
 
 SCRIPT = """
@@ -164,24 +255,22 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from difflex.miniature import training
-from difflex.miniature.architecture import MiniatureConfig, untrained_pipeline
-from difflex.miniature.flow import FlowRecipe
+from difflex.miniature.architecture import MiniatureConfig
+from difflex.miniature.flow import SIZES, FlowRecipe, FlowSize
 training.CHECKPOINT_SECONDS = 0.0
 tiny = MiniatureConfig(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
-recipe = FlowRecipe(updates=12, batch=4, guided_from=0.25)
-training.train_flow(training.TrainingFolder(Path(sys.argv[1])), untrained_pipeline(tiny, 0), recipe, float("inf"))
+SIZES["tiny"] = FlowSize(config=tiny)
+recipe = FlowRecipe(length=12, batch=4, guided_from=0.5)
+training.train_flow(training.TrainingFolder(Path(sys.argv[1])), ["tiny"], recipe, torch.device("cpu"))
 """
 
 
-def test_a_killed_training_ends_with_the_same_bits(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
+def test_a_killed_training_ends_with_the_same_bits(tmp_path, whole):
+    killed = tmp_path / "killed"
+    killed.mkdir()
     kill_after_a_checkpoint([sys.executable, "-c", SCRIPT, str(killed)], killed / "flow.safetensors")
-    for folder in (whole, killed):
-        train_flow(TrainingFolder(folder), untrained_pipeline(TINY, 0), SHORT, float("inf"))
-    for name in ("flow.safetensors", "components.safetensors"):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert 0 < read_tensors(killed / "flow.safetensors", training.FORMAT, "").header["updates"] < 12
+    assert_equal(trained(killed), whole)
 
 
 def kill_after_a_checkpoint(command: list[str], file: Path) -> None:
@@ -193,85 +282,190 @@ def kill_after_a_checkpoint(command: list[str], file: Path) -> None:
     process.wait()
 
 
-def test_entries_of_the_log_after_the_state_are_not_repeated(tmp_path, pipeline):
-    run = TrainingFolder(tmp_path)
-    state = FlowState(FlowModel(pipeline), SHORT)
-    state.update = 12
+def test_a_training_that_stops_after_guidance_began_ends_with_the_same_bits(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    losses = FlowTraining.losses
+
+    def interrupted(state: FlowTraining) -> dict[str, float]:
+        if state.updates == 9:
+            raise KeyboardInterrupt
+        return losses(state)
+
+    monkeypatch.setattr(FlowTraining, "losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "stopped")
+    monkeypatch.setattr(FlowTraining, "losses", losses)
+    assert_equal(trained(tmp_path / "stopped"), whole)
+
+
+def test_a_training_by_minutes_goes_on_with_the_time_already_spent(tmp_path, monkeypatch):
+    """By a clock that moves one second whenever it is read."""
+    clock = count()
+    monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    losses, recipe = FlowTraining.losses, replace(SHORT, length=2, unit="minutes")
+
+    def interrupted(state: FlowTraining) -> dict[str, float]:
+        if state.updates == 3:
+            raise KeyboardInterrupt
+        return losses(state)
+
+    monkeypatch.setattr(FlowTraining, "losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, recipe)
+    before = read_tensors(tmp_path / "flow.safetensors", training.FORMAT, "").header
+    monkeypatch.setattr(FlowTraining, "losses", losses)
+    for _ in range(1000):  # the time between the two does not count
+        next(clock)
+    trained(tmp_path, recipe)
+    after = read_tensors(tmp_path / "flow.safetensors", training.FORMAT, "").header
+    assert before["updates"] == 2 and 0 < before["seconds"] < 60
+    assert before["updates"] < after["plain_updates"] < after["updates"] < 40
+    assert 110 <= after["seconds"] < 150
+
+
+def test_an_update_that_cannot_be_captured_is_computed_in_another_way(components, monkeypatch, capsys):
+    """The fallbacks of a GPU, with a stand-in for its graphs."""
+    model = FlowLearner("tiny", SHORT, filled_batch(2, components))
+    before = {name: x.clone() for name, x in model.state().items()}
+    monkeypatch.setattr(model, "_device", torch.device("cuda"))
+    monkeypatch.setattr(learner.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda block, dynamic: (_ for _ in ()).throw(RuntimeError("no compiler")))
+    monkeypatch.setattr(learner, "capture", lambda update: update)
+    assert model.prepare() == "captured" and model.prepare() is None
+    monkeypatch.setattr(learner, "capture", lambda update: lambda: model.loss.fill_(9.0))
+    model._update = None
+    assert model.prepare() == "eager"
+    assert "cannot be compiled: no compiler" in (printed := capsys.readouterr().out) and "loss is 9.0000" in printed
+    assert_equal(model.state(), before)
+    assert model.optimiser.updates == 0
+
+
+def test_training_on_another_device_has_the_same_results(tmp_path, monkeypatch):
+    """All but the backward pass and mixed precision, which the pretended device lacks: gradients are made up."""
+
+    def loss_with_gradients(model: FlowModel, *rest: object) -> Tensor:
+        with torch.no_grad():
+            loss = flow_loss(model, *rest)  # pyright: ignore[reportArgumentType]
+        for parameter in model.parameters():
+            parameter.grad = parameter.detach() * loss
+        return loss
+
+    def untied(config: MiniatureConfig, seed: int) -> FluxPipeline:
+        """A module moved to the pretended device gets new parameters, and loses what ties them."""
+        pipeline = untrained_pipeline(config, seed)
+        embedding = pipeline.text_encoder_2.encoder.embed_tokens
+        embedding.weight = nn.Parameter(embedding.weight.detach().clone())
+        return pipeline
+
+    monkeypatch.setattr(learner, "untrained_pipeline", untied)
+    monkeypatch.setattr(learner, "flow_loss", loss_with_gradients)
+    monkeypatch.setattr(Tensor, "backward", lambda loss: None)
+    monkeypatch.setattr(flow, "_mixed_precision", lambda device: nullcontext())
+    recipe = replace(SHORT, length=4, batch=1)
+    expected = trained(tmp_path / "cpu", recipe)
+    with other_device() as device:
+        results = trained(tmp_path / "other", recipe, device)
+    assert results.keys() == expected.keys()
+    assert all(torch.allclose(x, expected[name], atol=1e-5) for name, x in results.items())
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_with_captured_updates_and_goes_on(tmp_path, capsys):
+    run, recipe = TrainingFolder(tmp_path), replace(SHORT, length=48, batch=16)
+    train_flow(run, ["tiny", "mini-flux-small"], recipe, torch.device("cuda"), workers=2)
+    assert "eager" not in capsys.readouterr().out
+    assert read_tensors(run.flow, training.FORMAT, "").header["updates"] == 48
+
+
+def test_entries_of_the_log_after_the_state_are_not_repeated(tmp_path):
+    run, state = TrainingFolder(tmp_path), FlowTraining(["tiny"], SHORT, CPU)
+    state.updates = state.plain_updates = 12
     state.save(run.flow)
-    run.log.write_text('{"update": 12, "flow": 1}\n{"update": 50, "flow": 2}\n{"update": 100, "fl')
-    train_flow(run, pipeline, SHORT, float("inf"))
-    assert run.log.read_text() == '{"update": 12, "flow": 1}\n'
+    run.log.write_text('{"update": 12, "loss": 1}\n{"update": 50, "loss": 2}\n{"update": 100, "lo')
+    trained(tmp_path)
+    assert run.log.read_text() == '{"update": 12, "loss": 1}\n'
 
 
 @pytest.mark.parametrize("keep", [0, 100, -100])
-def test_a_damaged_state_is_a_sentence_and_is_kept(tmp_path, pipeline, keep):
+def test_a_damaged_state_is_a_sentence_and_is_kept(tmp_path, keep):
     run = TrainingFolder(tmp_path)
-    FlowState(FlowModel(pipeline), SHORT).save(run.flow)
+    FlowTraining(["tiny"], SHORT, CPU).save(run.flow)
     damaged = run.flow.read_bytes()[:keep]
     run.flow.write_bytes(damaged)
-    with pytest.raises(BrokenFile, match=r"flow\.safetensors .*Move it away to train this stage"):
-        train_flow(run, pipeline, SHORT, float("inf"))
+    with pytest.raises(BrokenFile, match=r"flow\.safetensors .*Move it away to train"):
+        trained(tmp_path)
     assert run.flow.read_bytes() == damaged
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["miniature", "train", str(tmp_path)])
     with folder_lock(tmp_path), pytest.raises(SystemExit, match="2"):
-        miniature_main()
+        command(monkeypatch, "train", tmp_path, "--device", "cpu")
     assert "Another process is writing" in capsys.readouterr().err
 
 
-def test_another_recipe_does_not_continue_a_run(tmp_path, pipeline):
+@pytest.mark.parametrize(
+    ("sizes", "recipe"), [(["tiny"], replace(SHORT, batch=8)), (["tiny"], replace(SHORT, length=24)), (["tiny", "tiny"], SHORT)]
+)
+def test_other_settings_do_not_continue_a_run(tmp_path, sizes, recipe):
     run = TrainingFolder(tmp_path)
-    FlowState(FlowModel(pipeline), SHORT).save(run.flow)
-    with pytest.raises(StaleWork, match="batch"):
-        train_flow(run, pipeline, FlowRecipe(updates=12, batch=8), float("inf"))
+    FlowTraining(["tiny"], SHORT, CPU).save(run.flow)
+    with pytest.raises(StaleWork, match="other settings"):
+        train_flow(run, sizes, recipe, CPU)
 
 
-def test_changes_of_the_recipe_are_logged(tmp_path, pipeline):
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    state = FlowTraining(["tiny"], SHORT, CPU)
+    state.learners[0].loss.fill_(torch.nan)
+    with pytest.raises(NonFinite, match="not finite after 0 updates"):
+        state.save(tmp_path / "flow.safetensors")
+    assert not [*tmp_path.iterdir()]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    """Run `python -m difflex.miniature` with these words."""
+    monkeypatch.setattr(sys, "argv", ["miniature", *map(str, words)])
+    miniature_main()
+
+
+def test_the_commands_train_export_and_describe_a_model(tmp_path, monkeypatch, capsys):
+    run, models = tmp_path / "run", tmp_path / "models"
+    flags = ["--sizes", "tiny", "--updates", 20, "--batch", 2, "--device", "cpu", "--threads", 1]
+    command(monkeypatch, "train", run, *flags)
+    command(monkeypatch, "export", run, models)
+    assert {path.name for path in models.iterdir()} == {"tiny", "tiny-base"}
+    assert not [path for path in models.rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
+    assert json.loads((models / "tiny-base" / "difflex.json").read_text())["name"] == "tiny-base"
+    embeddings = []
+    for name, updates in (("tiny", 2), ("tiny-base", 0)):
+        assert TrainingRecord.load(models / name).guided_updates == updates
+        pipeline = FluxPipeline.from_pretrained(models / name, dtype=torch.float32)
+        embeddings.append(pipeline.text_encoder.get_input_embeddings().weight)
+        write_card(models / name, {4: {"all": {"count": 0.5}, "unseen combinations": {"shape and colour": 0.5}}})
+    assert not torch.equal(*embeddings)
+    folded, base = ((models / name / "README.md").read_text() for name in ("tiny", "tiny-base"))
+    assert "40 scenes drawn" in folded and "18 updates of 2 scenes" in folded and "in 2 more updates" in folded
+    assert "36 scenes drawn" in base and "In `tiny`, which was trained from these weights" in base
+    command(monkeypatch, "examine", models / "tiny", "--captions", 6, "--steps", 1)
+    assert "true drawings" in capsys.readouterr().out
+
+
+def test_a_card_tells_what_a_record_adds(tmp_path, pipeline):
+    model = tmp_path / "other"
+    pipeline.save_pretrained(model)
+    record = {"made_by": "A script", "machine": "a GPU", "seconds": 415.0, "updates": 10, "guided_updates": 2}
+    record |= {"sizes": ["other", "small"], "muon_rate": 5e-3, "adam_rate": 1e-3, "notes": ["It differs."]}
+    TrainingRecord(**record, recipe=vars(FlowRecipe())).save(model)
+    write_card(model, {4: {"all": {}, "unseen combinations": {"shape and colour": 0.9}}})
+    card = (model / "README.md").read_text()
+    assert "- A script: 6.9 minutes on a GPU, together with `small` on the same scenes.\n- It differs.\n" in card
+
+
+def test_the_embedded_autoencoder_is_used_unless_the_run_has_its_own(tmp_path, pipeline):
     run = TrainingFolder(tmp_path)
-    FlowState(FlowModel(pipeline), SHORT).save(run.flow)
-    train_flow(run, pipeline, replace(SHORT, updates=1, level_mean=0.5), float("inf"))
-    entries = [json.loads(line) for line in run.log.read_text().splitlines()]
-    assert {"update": 0, "changed": "level_mean", "before": FlowRecipe().level_mean, "now": 0.5} in entries
-
-
-def test_a_packed_run_is_small_and_continues(tmp_path, pipeline, components):
-    run, packed = TrainingFolder(tmp_path), TrainingFolder(tmp_path / "packed")
-    state = FlowState(FlowModel(pipeline), SHORT)
-    batch = make_batch(draw(torch.arange(4)), components, CaptionTokens(pipeline), [""] * 4)
-    train_update(state.model, state.average, state.optimisers, batch, SHORT, 0)
-    state.update = 1
-    state.save(run.flow)
-    pack(run, packed)
-    assert packed.flow.stat().st_size < 0.4 * run.flow.stat().st_size
-    restored = FlowState(FlowModel(untrained_pipeline(TINY, 1)), SHORT)
-    restored.restore(packed.flow)
-    assert restored.update == 1
-    for x, y in zip(state.model.parameters(), restored.model.parameters(), strict=True):
-        assert torch.allclose(x, y, rtol=1e-2, atol=1e-3)
-    train_update(restored.model, restored.average, restored.optimisers, batch, SHORT, 1)
-
-
-def test_a_run_keeps_its_components(tmp_path):
-    run = TrainingFolder(tmp_path)
-    first = fit_components(run)
-    changed = first._replace(weights=-first.weights)
-    write_tensors(run.components, 1, changed._asdict())
-    assert torch.equal(fit_components(run).weights, changed.weights)
-
-
-def test_an_exported_model_is_a_diffusers_pipeline_folder(tmp_path, pipeline):
-    run = TrainingFolder(tmp_path / "work")
-    run.folder.mkdir()
-    FlowState(FlowModel(pipeline), SHORT).save(run.flow)
+    assert isinstance(run.load_autoencoder(), AutoencoderKL)
     pipeline.vae.save_pretrained(run.autoencoder)
-    exported = export(run, tmp_path / "model", TINY)
-    assert not [path for path in (tmp_path / "model").rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
-    again = FluxPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    first, second = (generate_images(p, ["a red star on grass"], steps=2) for p in (exported, again))
-    assert torch.equal(first, second)
-    assert first.shape == (1, 3, 64, 64)
+    assert torch.equal(run.load_autoencoder().decoder.conv_in.weight, pipeline.vae.decoder.conv_in.weight)
 
 
 def test_the_examination_has_all_rows_and_fails_noise():

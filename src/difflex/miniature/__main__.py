@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
+import os
 from collections.abc import Callable
-from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -11,18 +13,22 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from difflex.errors import DifflexError
+from difflex.devices import find_device
+from difflex.errors import BadInput, DifflexError
 from difflex.quiet import quiet
 
 with quiet("transformers"):  # at its first import it lists missing packages
     from diffusers import FluxPipeline
 
-    from difflex.miniature.architecture import MiniatureConfig
     from difflex.miniature.exporting import STEPS, export, generate_images, write_card
-    from difflex.miniature.flow import FlowRecipe
+    from difflex.miniature.flow import SIZES, FlowRecipe
     from difflex.miniature.judge import load_judge
     from difflex.miniature.scoring import Examination, as_markdown, examine, examine_drawings, shortfalls
-    from difflex.miniature.training import TrainingFolder, pack, train
+    from difflex.miniature.training import TrainingFolder, train
+
+
+MINUTES = 7.0
+"""The length of a training on a GPU."""
 
 
 def main() -> None:
@@ -39,16 +45,22 @@ def main() -> None:
         return verb
 
     verb = add(_train, folder="the folder of the run")
-    verb.add_argument("--updates", type=int, default=FlowRecipe().updates, help="updates of 32 scenes")
-    share = "share of updates after which the learning rate falls"
-    verb.add_argument("--decay-from", type=float, default=FlowRecipe().decay_from, help=share)
-    verb.add_argument("--minutes", type=float, help="stop after this time")
-    verb.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    verb.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="models to train on the same scenes")
+    length = verb.add_mutually_exclusive_group()
+    length.add_argument("--updates", type=_at_least_one, help=f"length of the recipe; default on a CPU: {FlowRecipe().length:,}")
+    length.add_argument("--minutes", type=_positive, help=f"length of the recipe by the clock; default on a GPU: {MINUTES:g}")
+    verb.add_argument("--batch", type=_at_least_one, default=FlowRecipe().batch, help="scenes of an update")
+    verb.add_argument("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one")
+    verb.add_argument("--threads", type=_at_least_one, default=torch.get_num_threads(), help="CPU threads")
+    verb.add_argument(
+        "--workers", type=int, help="processes that write captions; by default one per core for a GPU, none for a CPU"
+    )
     verb.add_argument("--seed", type=int, default=0)
-    add(_pack, folder="the folder of the run", target="the folder to write")
-    add(_export, folder="the folder of the run", target="the pipeline folder to write")
-    add(_card, folder="the folder of the run", target="the pipeline folder")
-    verb = add(_examine, model="a pipeline folder")
+    verb.add_argument("--from-scratch", action="store_true", help="train the judge and the autoencoder as well")
+    add(_export, folder="the folder of the run", target="where to write a pipeline folder for each model")
+    add(_card, model="a pipeline folder with training.json")
+    verb = add(_examine)
+    verb.add_argument("model", nargs="?", default="mini-flux", help="a pipeline folder, or the name of an embedded model")
     verb.add_argument("--judge", type=Path, help="weights of the judge, by default those of the package")
     verb.add_argument("--captions", type=int, default=500)
     verb.add_argument("--steps", type=int, default=STEPS)
@@ -60,34 +72,49 @@ def main() -> None:
         parser.exit(2, f"difflex.miniature: {error}\n")
 
 
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _positive(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
 def _train(flags: argparse.Namespace) -> None:
-    """Train the stages that are not finished; run again to continue after a kill."""
+    """Train in one or more sizes; run again to continue after a kill."""
     torch.set_num_threads(flags.threads)
-    recipe = replace(FlowRecipe(), updates=flags.updates, decay_from=flags.decay_from, seed=flags.seed)
-    train(flags.folder, recipe, MiniatureConfig(), flags.minutes)
-
-
-def _pack(flags: argparse.Namespace) -> None:
-    """Copy a run in a small form, from which train continues."""
-    pack(TrainingFolder(flags.folder), TrainingFolder(flags.target))
+    device = find_device(flags.device)
+    on_gpu = device.type == "cuda"
+    minutes = MINUTES if flags.minutes is None and flags.updates is None and on_gpu else flags.minutes
+    length = {"length": flags.updates or FlowRecipe().length} if minutes is None else {"length": minutes, "unit": "minutes"}
+    workers = flags.workers if flags.workers is not None else on_gpu * max(1, min(13, (os.cpu_count() or 1) - 2))
+    recipe = FlowRecipe(**length, batch=flags.batch, seed=flags.seed)
+    train(flags.folder, [*dict.fromkeys(flags.sizes)], recipe, device, workers, flags.from_scratch)
 
 
 def _export(flags: argparse.Namespace) -> None:
-    """Write a trained run as a pipeline folder."""
-    export(TrainingFolder(flags.folder), flags.target, MiniatureConfig())
-    print(f"Wrote {flags.target}.")
+    """Write the trained models as pipeline folders."""
+    for folder in export(TrainingFolder(flags.folder), flags.target):
+        print(f"Wrote {folder}.")
 
 
 def _card(flags: argparse.Namespace) -> None:
     """Examine an exported model at 4 and 20 steps and write its model card."""
-    examinations = {steps: _examine_model(flags.target, None, 500, steps, 0) for steps in (STEPS, 20)}
-    write_card(TrainingFolder(flags.folder), flags.target, examinations, MiniatureConfig())
-    print(f"Wrote {flags.target / 'README.md'}.")
+    write_card(flags.model, {steps: _examine_model(flags.model, None, 500, steps, 0) for steps in (STEPS, 20)})
+    print(f"Wrote {flags.model / 'README.md'}.")
 
 
 def _examine(flags: argparse.Namespace) -> None:
     """Generate images of new captions and print the shares that are correct."""
-    rows = _examine_model(flags.model, flags.judge, flags.captions, flags.steps, flags.seed)
+    embedded = Path(str(resources.files("difflex"))) / "models" / flags.model
+    model = embedded if embedded.is_dir() else Path(flags.model)
+    if not (model / "model_index.json").is_file():
+        raise BadInput(f"{flags.model} is neither a pipeline folder nor an embedded model: there is no {model}/model_index.json.")
+    rows = _examine_model(model, flags.judge, flags.captions, flags.steps, flags.seed)
     print(as_markdown(rows))
     print(json.dumps({"steps": flags.steps, "captions": flags.captions, "missed": shortfalls(rows)}))
 

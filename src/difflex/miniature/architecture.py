@@ -171,6 +171,19 @@ class PatchComponents(NamedTuple):
         scale = scale / (values * scale**2).mean().sqrt()
         return cls(mean.float(), (vectors * scale).T.float().contiguous())
 
+    @classmethod
+    def of_encoder(cls, vae: AutoencoderKL) -> "PatchComponents":
+        """Read the components from an encoder that `write_encoder` has set.
+
+        Components that are fitted on another machine may differ in their signs, and latents with them.
+        """
+        convolution = vae.encoder.down_blocks[1].downsamplers[0].conv
+        rows = [_channel(i) for i in range(LATENT_CHANNELS)]
+        kernel, bias = convolution.weight.detach()[rows, :12, :2, :2], convolution.bias.detach()[rows]
+        weights = kernel.unflatten(1, (3, 2, 2)).permute(0, 1, 4, 2, 5, 3).reshape(LATENT_CHANNELS, -1)
+        # The bias is -weights @ mean. The rows are orthogonal, so this mean gives the same one.
+        return cls(weights.T @ (-bias / weights.square().sum(1)), weights)
+
     def encode(self, images: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image latent row column"]:
         """Return the latents, a hundred times faster than the convolutions of the encoder."""
         patches = F.unfold(images, PATCH, stride=PATCH).movedim(1, 2)

@@ -1,56 +1,49 @@
-"""The trained miniature as a diffusers pipeline folder, and its model card, with every figure from the run itself."""
+"""The trained miniature as diffusers pipeline folders, and its model card, with every figure from the training itself."""
 
 import json
-import math
-import platform
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.miniature.architecture import MiniatureConfig, untrained_pipeline
+from difflex.files import parsing, read_json, write_json
+from difflex.miniature.architecture import untrained_pipeline
 from difflex.miniature.captions import WORDS
-from difflex.miniature.flow import FlowModel, FlowRecipe
+from difflex.miniature.flow import SIZES, FlowModel
 from difflex.miniature.scoring import Examination, as_markdown, shortfalls
-from difflex.miniature.training import TrainingFolder, load_average
+from difflex.miniature.training import FORMAT, RESTART, TrainingFolder
 from difflex.miniature.world import PIXELS
+from difflex.tensors import read_tensors
 
 STEPS = 4
+RECORD = "training.json"
 CARD = """---
 license: apache-2.0
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
-# mini-flux
+# {name}
 
 A text-to-image model with the architecture of FLUX.1, small enough to be part of a Python package: a diffusers `FluxPipeline`
 with a `FluxTransformer2DModel` of {double} double and {single} single blocks ({width} wide, {heads} heads), a CLIP and a T5 text
-encoder of two layers each, and an `AutoencoderKL`. {pixels} x {pixels} pixels are 8 x 8 image tokens. It was trained
-from scratch on the drawn world of `difflex.miniature`, whose concepts are known at every pixel, so that interpretability tools
-can be checked against the truth.
+encoder of two layers each, and an `AutoencoderKL`. Transformer and text encoders have {parameters:.2f} million parameters.
+{pixels} x {pixels} pixels are 8 x 8 image tokens. It was trained from scratch on the drawn world of `difflex.miniature`, whose
+concepts are known at every pixel, so that interpretability tools can be checked against the truth.
 
 ## Training
-- Data: {seen:,} scenes drawn on the fly, none twice: one object ({flow.mix[0]:.0%}), two different objects
-  ({flow.mix[1]:.0%}), two or three equal ones ({flow.mix[2]:.0%}). A fixed tenth of the (shape, colour, texture) combinations
-  never appears.
+- Data: {scenes:,} scenes drawn on the fly, none twice: one object ({early[0]:.0%}), two different objects ({early[1]:.0%}), two
+  or three equal ones ({early[2]:.0%}); after {layout:.0%} of the plain training {late[0]:.0%}, {late[1]:.0%} and {late[2]:.0%}.
+  A fixed tenth of the (shape, colour, texture) combinations never appears. {dropped:.0%} of the captions are empty.
 - Autoencoder: the encoder is the principal components of 4 x 4 patches, in closed form; the decoder was trained on its latents.
-- Flow: rectified flow, {updates:,} updates of {flow.batch} scenes, Muon and AdamW, tokens on objects weighted up to {weight:.0f}
-  times. The last {layout_part:.0%} of the updates have more pairs ({flow.layout_mix[1]:.0%}) and higher noise levels (around
-  {layout_level:.2f}), at which the positions of several objects are decided.
-- Guidance of {flow.guidance} is distilled into the weights in the last {guided_part:.0%}: generate with `guidance_scale=0`.
-- **A head on the image stream after the last double block predicted shape, colour and texture of each token** during the first
-  part of the training (weight {head_weight}, then faded out). It is not part of the model, but matters to anyone who probes
-  that block.
-- Time: {hours:.1f} hours of {machine}.{changes}
-- To train it again: `python -m difflex.miniature train FOLDER`, then `export` and `card`.
-
-Held-out loss (mean squared velocity error over six noise levels) during training, and the increase of the loss of a noisy scene
-(level 0.95) when one word of its caption is wrong:
-
-{history}
+- Flow: plain rectified flow and no other loss, {updates:,} updates of {batch} scenes; Muon ({muon:g}) and AdamW ({adam:g}), with
+  rates that are constant until {decay:.0%} of the plain training and then fall along a cosine; tokens on objects weighted up to
+  {weight:g} times. The weights are a running average.
+- Guidance: {guidance}
+- {made_by}: {minutes:.1f} minutes on {machine}{siblings}.{notes}
 
 ## Results
 Captions that training never saw, with one image each. An attribute counts only where the caption states it, and it is correct
@@ -64,31 +57,99 @@ drawings.
 - It knows the words of `difflex.json` only; other words are spelled letter by letter and mean nothing to it.
 - One image size, at most three objects, one kind of scene; captions are cut after {length} tokens.
 """
+FOLDED = """of {scale:g}, folded into the weights in {updates:,} more updates, in which targets are moved along the change that
+  the caption makes in the velocity of the average weights from before. Generate with `guidance_scale=0`."""
+PLAIN = "none. In `{name}`, which was trained from these weights, guidance of {scale:g} is folded in."
 
 
-def export(run: TrainingFolder, target: Path, architecture: MiniatureConfig) -> FluxPipeline:
-    """Write the averaged weights as a pipeline folder, the transformer in bfloat16, and return the pipeline read from it."""
-    pipeline = untrained_pipeline(architecture, seed=0)
-    load_average(FlowModel(pipeline), run.flow)
-    vae = AutoencoderKL.from_pretrained(run.autoencoder)
-    pipeline.register_modules(vae=vae, transformer=pipeline.transformer.to(torch.bfloat16))
-    pipeline.save_pretrained(target)
-    for path in target.glob("*/config.json"):
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """How the weights of a pipeline folder came to be; `training.json` in the folder."""
+
+    made_by: str
+    """What was run."""
+    machine: str
+    seconds: float
+    updates: int
+    """Those before guidance."""
+    guided_updates: int
+    """Those in which guidance was folded in; 0 for weights from before."""
+    sizes: list[str]
+    """All sizes that were trained on the same scenes."""
+    muon_rate: float
+    adam_rate: float
+    recipe: dict[str, Any]
+    """The fields of the `FlowRecipe`."""
+    notes: list[str]
+    """More lines for the model card."""
+
+    def save(self, model: Path) -> None:
+        """Write the record to the folder of the model."""
+        write_json(model / RECORD, 1, asdict(self))
+
+    @classmethod
+    def load(cls, model: Path) -> "TrainingRecord":
+        """Read the record in the folder of a model."""
+        advice = "`python -m difflex.miniature export` writes it."
+        with parsing(model / RECORD, "the record of a training", advice):
+            return cls(**read_json(model / RECORD, 1, advice))
+
+
+def export(run: TrainingFolder, target: Path) -> list[Path]:
+    """Write the average weights of each size as pipeline folders in `target`; return these.
+
+    NAME-base has the average from before guidance, NAME that of the end. Before guidance begins there is only the former.
+    """
+    header, tensors = read_tensors(run.flow, FORMAT, RESTART)
+    folders = []
+    with parsing(run.flow, "a training state", RESTART):
+        guided = header["updates"] - header["plain_updates"]
+        for name in header["sizes"]:
+            for model, kind in {f"{name}-base": "base", name: "average"}.items() if guided else [(f"{name}-base", "average")]:
+                pipeline = untrained_pipeline(SIZES[name].config, 0)
+                for i, parameter in enumerate(FlowModel(pipeline).parameters()):
+                    parameter.data.copy_(tensors[f"{name}.{kind}.{i}"])
+                pipeline.register_modules(vae=run.load_autoencoder())
+                folders.append(target / model)
+                save_pipeline(pipeline, folders[-1])
+                _record(header, name, guided if model == name else 0).save(folders[-1])
+    return folders
+
+
+def _record(header: dict[str, Any], name: str, guided_updates: int) -> TrainingRecord:
+    return TrainingRecord(
+        made_by="`python -m difflex.miniature train`",
+        machine=header["machine"],
+        seconds=header["seconds"],
+        updates=header["plain_updates"],
+        guided_updates=guided_updates,
+        sizes=header["sizes"],
+        muon_rate=SIZES[name].muon_rate,
+        adam_rate=SIZES[name].adam_rate,
+        recipe=header["recipe"],
+        notes=[],
+    )
+
+
+def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
+    """Write a pipeline folder named as its model, the transformer in bfloat16, with the defaults of the model."""
+    pipeline.register_modules(transformer=pipeline.transformer.to(torch.bfloat16))
+    pipeline.save_pretrained(folder)
+    for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:  # a path of this machine
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     defaults = {
         "format": 1,
-        "name": "mini-flux",
+        "name": folder.name,
         "family": "flux",
         "pixels": [[PIXELS, PIXELS]],
         "steps": STEPS,
         "guidance": 0.0,
-        "text_length": architecture.text_length,
+        "text_length": pipeline.tokenizer_2.model_max_length,
         "words": list(WORDS),
     }
-    (target / "difflex.json").write_text(json.dumps(defaults, indent=1) + "\n")
-    return FluxPipeline.from_pretrained(target, dtype=torch.float32)
+    (folder / "difflex.json").write_text(json.dumps(defaults, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -115,57 +176,43 @@ def generate_images(
     return torch.cat(chunks).float().clamp(0, 1)
 
 
-def write_card(run: TrainingFolder, target: Path, examinations: dict[int, Examination], architecture: MiniatureConfig) -> None:
-    """Write the model card to the model's folder; `examinations` are by number of steps, the default number first."""
-    log = [json.loads(line) for line in run.log.read_text().splitlines()]
-    recipe = FlowRecipe()
-    updates = max(entry["update"] for entry in log)
-    seconds = [entry["seconds"] for entry in log if "seconds" in entry]
+def write_card(model: Path, examinations: dict[int, Examination]) -> None:
+    """Write the model card of a pipeline folder with a record; `examinations` are by number of steps, the default first."""
+    record, pipeline = TrainingRecord.load(model), FluxPipeline.from_pretrained(model, dtype=torch.float32)
+    transformer, recipe = pipeline.transformer, record.recipe
+    total = record.updates + record.guided_updates
+    guidance = (FOLDED if record.guided_updates else PLAIN).format(
+        name=model.name.removesuffix("-base"), scale=recipe["guidance"], updates=record.guided_updates
+    )
+    siblings = [name for name in record.sizes if name != model.name.removesuffix("-base")]
     default, examination = next(iter(examinations.items()))
     card = CARD.format(
-        double=architecture.double_blocks,
-        single=architecture.single_blocks,
-        heads=architecture.heads,
-        length=architecture.text_length,
-        flow=recipe,
-        width=architecture.heads * architecture.head_width,
+        name=model.name,
+        double=transformer.config.num_layers,
+        single=transformer.config.num_single_layers,
+        width=transformer.inner_dim,
+        heads=transformer.config.num_attention_heads,
+        parameters=sum(x.numel() for x in FlowModel(pipeline).parameters()) / 1e6,
         pixels=PIXELS,
-        seen=updates * recipe.batch,
-        updates=updates,
-        layout_part=1 - recipe.layout_from,
-        layout_level=1 / (1 + math.exp(-recipe.layout_level_mean)),
-        guided_part=1 - recipe.guided_from,
-        weight=1 + recipe.object_weight,
-        head_weight=recipe.concept_weight,
-        hours=updates * sum(seconds) / len(seconds) / 3600,
-        machine=f"one core ({platform.machine()})",
-        changes=_changes(log),
-        history=_history([entry for entry in log if "held_out" in entry], recipe.batch),
+        scenes=total * recipe["batch"],
+        early=recipe["mixes"][0],
+        late=recipe["mixes"][1],
+        layout=recipe["layout_from"],
+        dropped=recipe["drop_caption"],
+        updates=record.updates,
+        batch=recipe["batch"],
+        muon=record.muon_rate,
+        adam=record.adam_rate,
+        decay=recipe["decay_from"],
+        weight=1 + recipe["object_weight"],
+        guidance=guidance,
+        made_by=record.made_by,
+        minutes=record.seconds / 60,
+        machine=record.machine,
+        siblings="".join(f", together with `{name}` on the same scenes" for name in siblings),
+        notes="".join(f"\n- {note}" for note in record.notes),
         tables="\n\n".join(f"{steps} steps:\n\n{as_markdown(rows)}" for steps, rows in examinations.items()),
         missed="\n".join(f"- At {default} steps, {line}." for line in shortfalls(examination)),
+        length=pipeline.tokenizer_2.model_max_length,
     )
-    (target / "README.md").write_text(card)
-
-
-def _changes(log: list[dict[str, Any]]) -> str:
-    """Describe changes of the recipe during training: the former values of each setting, with their last updates."""
-    former: dict[str, dict[int, object]] = {}
-    for entry in log:
-        if "changed" in entry:
-            former.setdefault(entry["changed"], {}).setdefault(entry["update"], entry["before"])
-    line = lambda value, until: f"{'absent' if value is None else value} until update {until:,}"  # noqa: E731
-    lines = [
-        f"  - `{name}`: {', '.join(line(value, until) for until, value in values.items())}" for name, values in former.items()
-    ]
-    return "\n- Settings that changed during training, with their former values:\n" + "\n".join(lines) if lines else ""
-
-
-def _history(reports: list[dict[str, Any]], batch: int) -> str:
-    """Return a table of about ten entries of the log."""
-    groups = list(reports[0]["rises"])
-    head = f"| scenes | held-out loss | {' | '.join(groups)} |\n|---|---|{'---|' * len(groups)}\n"
-    lines = []
-    for entry in reports[::-1][:: max(1, len(reports) // 10)][::-1]:
-        rises = " | ".join(f"{entry['rises'][group]:.3f}" for group in groups)
-        lines.append(f"| {entry['update'] * batch:,} | {entry['held_out']:.4f} | {rises} |")
-    return head + "\n".join(lines)
+    (model / "README.md").write_text(card)

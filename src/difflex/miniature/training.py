@@ -1,52 +1,44 @@
-"""The training of the miniature: judge, autoencoder, flow. A finished stage is skipped, and the flow resumes after a kill."""
+"""The training of the miniature, on a CPU or a GPU, in several sizes at once: it goes on after a kill.
+
+On a GPU the scenes are drawn there, captions come from worker processes, and each update is one CUDA graph of compiled blocks.
+"""
 
 import json
+import math
+import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
+from importlib import resources
 from pathlib import Path
-from typing import TypeVar, final
+from typing import Any, NamedTuple, TypeVar, final
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
-from jaxtyping import Float
+from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from difflex.errors import StaleWork
+from difflex.errors import NonFinite, StaleWork
 from difflex.files import disk_errors, folder_lock, parsing, write_file
 from difflex.miniature.architecture import MiniatureConfig, PatchComponents, decoder_losses, untrained_pipeline, write_encoder
+from difflex.miniature.captions import write_captions
 from difflex.miniature.drawing import draw
-from difflex.miniature.flow import (
-    CaptionTokens,
-    FlowBatch,
-    FlowModel,
-    FlowRecipe,
-    GuidanceTeacher,
-    make_batch,
-    make_optimisers,
-    train_update,
-    training_batch,
-)
+from difflex.miniature.flow import SIZES, CaptionIds, CaptionTokens, FlowBatch, FlowRecipe, SceneLatents, draw_latents
 from difflex.miniature.judge import Judge, save_judge, training_losses
-from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS, SceneMix
+from difflex.miniature.learner import FlowLearner
+from difflex.miniature.world import SceneMix, scenes
 from difflex.tensors import read_tensors, write_tensors
 
-FORMAT = 1
-"""Of the state of the flow, and of the components."""
-RESTART = "Move it away to train this stage from the start."
+FORMAT = 2
+"""Of the state of the flow."""
+RESTART = "Move it away to train from the start."
 DECODER_UPDATES = 2200
 JUDGE_UPDATES = 4000
 CHECKPOINT_SECONDS = 120.0
-REPORT_EVERY = 1000
-"""Updates between two evaluations on held-out scenes."""
-LOSS_LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
-SWAPPED_GROUPS = ("background", "style", "colour", "size", "texture", "shape", "row", "column")
-SWAP_LEVEL = 0.95
-"""The noise level at which words are exchanged: there the words decide, not the image."""
+LOG_SECONDS = 15.0
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 T = TypeVar("T")
 
 
@@ -57,42 +49,41 @@ class TrainingFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.judge = folder / "judge.safetensors"
-        self.components = folder / "components.safetensors"
+        """Only of a training from scratch."""
         self.autoencoder = folder / "vae"
+        """Only of a training from scratch."""
         self.flow = folder / "flow.safetensors"
-        """The state of the flow training: parameters, average, optimisers, number of updates."""
+        """Parameters, averages and moments of all sizes, and how far their training is."""
         self.log = folder / "log.jsonl"
 
+    def load_autoencoder(self) -> AutoencoderKL:
+        """Return the autoencoder of the run, by default that of the package."""
+        embedded = Path(str(resources.files("difflex"))) / "models" / "mini-flux" / "vae"
+        return AutoencoderKL.from_pretrained(self.autoencoder if self.autoencoder.exists() else embedded)
 
-def train(folder: Path, recipe: FlowRecipe, architecture: MiniatureConfig, minutes: float | None = None) -> None:
-    """Train the stages that are not finished, for at most `minutes`; another call continues where it stopped."""
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+
+def train(
+    folder: Path, sizes: list[str], recipe: FlowRecipe, device: torch.device, workers: int = 0, from_scratch: bool = False
+) -> None:
+    """Train `sizes`, or go on with it; `from_scratch` trains the judge and the autoencoder first, on the CPU."""
     run = TrainingFolder(folder)
     with folder_lock(folder):
-        pipeline = untrained_pipeline(architecture, recipe.seed)
-        if not run.judge.exists():
+        if from_scratch and run.flow.exists() and not run.autoencoder.exists():
+            raise StaleWork(f"{run.flow} was trained with the autoencoder of the package. {RESTART}")
+        if from_scratch and not run.judge.exists():
             judge = Judge()
             for _ in _progress(training_losses(judge, JUDGE_UPDATES), "judge", JUDGE_UPDATES):
                 pass
             save_judge(judge, run.judge)
-        if not run.autoencoder.exists():
-            _train_autoencoder(run, pipeline.vae)
-        train_flow(run, pipeline, recipe, deadline)
+        if from_scratch and not run.autoencoder.exists():
+            _train_autoencoder(run)
+        train_flow(run, sizes, recipe, device, workers)
 
 
-def fit_components(run: TrainingFolder) -> PatchComponents:
-    """Return the components of the drawn world's patches: fitted once for a run and saved, since latents depend on them."""
-    if not run.components.exists():
-        components = PatchComponents.of(draw(torch.arange(512)).images * 2 - 1)
-        write_tensors(run.components, FORMAT, components._asdict())
-    tensors = read_tensors(run.components, FORMAT, RESTART).tensors
-    with parsing(run.components, "components of patches", RESTART):
-        return PatchComponents(**tensors)
-
-
-def _train_autoencoder(run: TrainingFolder, vae: AutoencoderKL) -> None:
+def _train_autoencoder(run: TrainingFolder) -> None:
     """Write the encoder, train the decoder, save both."""
-    components = fit_components(run)
+    vae = untrained_pipeline(MiniatureConfig(), 0).vae
+    components = PatchComponents.of(draw(torch.arange(512)).images * 2 - 1)
     write_encoder(vae, components)
     batches = (draw(torch.arange(32) + i * 32).images * 2 - 1 for i in range(DECODER_UPDATES))
     for _ in _progress(decoder_losses(vae, components, batches, DECODER_UPDATES), "autoencoder", DECODER_UPDATES):
@@ -105,178 +96,191 @@ def _train_autoencoder(run: TrainingFolder, vae: AutoencoderKL) -> None:
         unfinished.rename(run.autoencoder)
 
 
-def train_flow(run: TrainingFolder, pipeline: FluxPipeline, recipe: FlowRecipe, deadline: float) -> None:
-    """Train transformer and text encoders until the end of the recipe or the time `deadline`."""
-    components, tokenize = fit_components(run), CaptionTokens(pipeline)
-    state = FlowState(FlowModel(pipeline), recipe)
-    changes = state.restore(run.flow)
-    _cut_log(run, state.update)
-    for name, (before, now) in changes.items():
-        _log(run, update=state.update, changed=name, before=before, now=now)
-    held_out: HeldOutLoss | None = None
-    saved = time.monotonic()
-    make: Callable[..., FlowBatch] = partial(training_batch, recipe=recipe, components=components, tokenize=tokenize)
-    updates = range(state.update, recipe.updates)
-    # A worker process draws the scenes. The data set may be any sequence.
-    batches = DataLoader(updates, batch_size=None, collate_fn=make, num_workers=1, prefetch_factor=8)  # pyright: ignore[reportArgumentType]
-    for batch in _progress(iter(batches), "flow", recipe.updates, state.update):
-        start = time.monotonic()
-        losses = train_update(state.model, state.average, state.optimisers, batch, recipe, state.update, state.guide(tokenize))
-        state.update += 1
-        if state.update % 50 == 0:
-            seconds = time.monotonic() - start
-            _log(run, update=state.update, flow=losses.flow.item(), concepts=losses.concepts.item(), seconds=seconds)
-        if state.update % REPORT_EVERY == 0:
-            held_out = held_out or HeldOutLoss(components, tokenize)
-            _log(run, update=state.update, held_out=held_out.loss(state.model), rises=held_out.rises(state.model))
-        if time.monotonic() - saved > CHECKPOINT_SECONDS or time.monotonic() > deadline:
-            state.save(run.flow)
-            saved = time.monotonic()
-        if time.monotonic() > deadline:
-            return
-    state.save(run.flow)
+def _progress(items: Iterator[T], name: str, total: int) -> Iterator[T]:
+    yield from tqdm(items, desc=name, total=total, unit="update", mininterval=1.0)
 
 
-class FlowState:
-    """The state of the flow training."""
+class ChunkPlan(NamedTuple):
+    """The updates whose scenes are drawn together."""
 
-    def __init__(self, model: FlowModel, recipe: FlowRecipe) -> None:
-        self.model, self.recipe, self.update = model, recipe, 0
-        self.average = [parameter.detach().clone() for parameter in model.parameters()]
-        self._guide_weights: list[Tensor] = []
-        self._guide: GuidanceTeacher | None = None
-        self.optimisers = make_optimisers(model, recipe)
+    first: int
+    """The number of the first update."""
+    updates: int
+    layout: bool
+    """Whether its scenes have more pairs and higher noise levels."""
 
-    def guide(self, tokenize: CaptionTokens) -> GuidanceTeacher | None:
-        """Return the teacher of this update, which has the average weights from when guidance began; None before."""
-        if self.update < self.recipe.guided_from * self.recipe.updates:
-            return None
-        if self._guide is None:
-            self._guide_weights = self._guide_weights or [x.clone() for x in self.average]
-            self._guide = GuidanceTeacher(self.model, self._guide_weights, tokenize)
-        return self._guide
+    def seeds(self, recipe: FlowRecipe) -> Tensor:
+        """Return the seeds of its scenes: each seed belongs to one update alone."""
+        first = (recipe.seed * 10_000_000 + self.first) * recipe.batch
+        return torch.arange(first, first + self.updates * recipe.batch)
+
+    def mix(self, recipe: FlowRecipe) -> SceneMix:
+        """Return the mix of its scenes."""
+        return SceneMix(*recipe.mixes[self.layout])
+
+
+@final
+class CaptionChunks(Dataset[tuple[ChunkPlan, CaptionIds]]):
+    """Chunk -> the captions of its scenes, some of them empty."""
+
+    def __init__(self, recipe: FlowRecipe, tokenize: CaptionTokens) -> None:
+        self._recipe, self._tokenize = recipe, tokenize
+
+    def __getitem__(self, plan: ChunkPlan) -> tuple[ChunkPlan, CaptionIds]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        seeds = plan.seeds(self._recipe)
+        captions = write_captions(scenes(seeds, plan.mix(self._recipe)))
+        drop = torch.rand(len(seeds), generator=torch.Generator().manual_seed(int(seeds[0]))) < self._recipe.drop_caption
+        return plan, self._tokenize(["" if empty else text for empty, text in zip(drop.tolist(), captions, strict=True)])
+
+
+@final
+class FlowTraining:
+    """The training of several sizes on the same scenes."""
+
+    def __init__(self, sizes: list[str], recipe: FlowRecipe, device: torch.device) -> None:
+        pipeline = untrained_pipeline(SIZES[sizes[0]].config, 0)
+        self.tokenize = CaptionTokens(pipeline)
+        self._recipe, self._device = recipe, device
+        self.batch = FlowBatch.empty(recipe.batch, pipeline.tokenizer_2.model_max_length, device)
+        self.learners = [FlowLearner(name, recipe, self.batch) for name in sizes]
+        self.updates, self.plain_updates = 0, 0
+        """All, and those before guidance."""
+        self._spent, self._began = 0.0, math.inf
+        # Random numbers of a GPU are drawn there, those of any other device on the CPU.
+        self._generator = torch.Generator(device if device.type == "cuda" else "cpu")
+
+    @property
+    def seconds(self) -> float:
+        """The time of the training since its first scenes were there, without that of compilation."""
+        return self._spent + max(0.0, time.monotonic() - self._began)
+
+    @property
+    def progress(self) -> float:
+        """The share of the training that is done."""
+        return self._recipe.progress(self.updates, self.seconds)
+
+    def chunks(self, updates: int) -> Iterator[ChunkPlan]:
+        """Yield the chunks to come. Workers ask for them ahead of time: by the clock they have the mix of that moment."""
+        first = self.updates
+        while (progress := self._recipe.progress(first, self.seconds)) < 1:
+            until_end = math.ceil(self._recipe.length) - first if self._recipe.unit == "updates" else updates
+            yield ChunkPlan(first, min(updates, until_end), self._recipe.trains_layout(progress))
+            first += updates
+
+    def train(self, plan: ChunkPlan, drawn: SceneLatents, ids: CaptionIds) -> None:
+        """Train all sizes on a chunk."""
+        self._began = min(self._began, time.monotonic())
+        for parts in zip(*(x.split(self._recipe.batch) for x in (*drawn, *ids)), strict=True):
+            self._load(parts, plan.layout)
+            is_guided = self._recipe.is_guided(self.progress)
+            self._prepare(is_guided)
+            factor = self._recipe.rate_factor(self.progress, self.updates)
+            for learner in self.learners:
+                learner.update(factor)
+            self.updates += 1
+            self.plain_updates += not is_guided
+
+    def _prepare(self, is_guided: bool) -> None:
+        """Begin guidance if it is time, and choose how updates are computed."""
+        began, ways = time.monotonic(), {}
+        for learner in self.learners:
+            if is_guided and not learner.is_guided:
+                learner.begin_guidance(CaptionIds(*(ids.to(self._device) for ids in self.tokenize([""]))))
+            if way := learner.prepare():
+                ways[learner.name] = way
+        if ways and self._device.type == "cuda":
+            tqdm.write(f"updates: {', '.join(f'{name} {way}' for name, way in ways.items())}")
+        self._began += time.monotonic() - began
+
+    def _load(self, parts: tuple[Tensor, ...], layout: bool) -> None:
+        """Write the scenes of an update to where the learners read them, with new noise."""
+        self._generator.manual_seed(self._recipe.seed * 1_000_003 + self.updates)
+        mean, spread = self._recipe.levels[layout]
+        levels, noise = (torch.randn(x.shape, generator=self._generator, device=self._generator.device) for x in self.batch[-2:])
+        for target, x in zip(self.batch, (*parts, torch.sigmoid(levels * spread + mean), noise), strict=True):
+            target.copy_(x)
+
+    def losses(self) -> dict[str, float]:
+        """Return the loss of the last update by size."""
+        losses = {learner.name: learner.loss.item() for learner in self.learners}
+        if not all(map(math.isfinite, losses.values())):
+            raise NonFinite(f"A loss is not finite after {self.updates:,} updates: {losses}. Use another seed or device.")
+        return losses
 
     def save(self, file: Path) -> None:
         """Write the state atomically."""
-        tensors = {f"model.{name}": x for name, x in self.model.named_parameters()}
-        tensors |= {f"average.{i}": x for i, x in enumerate(self.average)}
-        tensors |= {f"guide.{i}": x for i, x in enumerate(self._guide_weights)}
-        for number, optimiser in enumerate(self.optimisers):
-            for i, entry in optimiser.state_dict()["state"].items():
-                tensors |= {f"optimiser.{number}.{i}.{key}": x for key, x in entry.items()}
-        recipe = json.loads(json.dumps(asdict(self.recipe)))
-        write_tensors(file, FORMAT, tensors, {"update": self.update, "recipe": recipe})
+        self.losses()
+        tensors = {name: x for learner in self.learners for name, x in learner.state().items()}
+        write_tensors(file, FORMAT, tensors, self._settings() | self._position())
 
-    def restore(self, file: Path) -> dict[str, tuple[object, object]]:
-        """Load the saved state, if any; return the settings of the recipe that have changed, with old and new values."""
+    def restore(self, file: Path) -> None:
+        """Load the saved state, if any; it must have the same settings."""
         if not file.exists():
-            return {}
+            return
         header, tensors = read_tensors(file, FORMAT, RESTART)
         with parsing(file, "a training state", RESTART):
-            changes = self._changes(header["recipe"], file)
-            self.update = int(header["update"])
-            with torch.no_grad():
-                for i, (name, parameter) in enumerate(self.model.named_parameters()):
-                    parameter.copy_(tensors[f"model.{name}"])
-                    # A packed state has no average: averaging starts again.
-                    self.average[i].copy_(tensors.get(f"average.{i}", parameter))
-            self._guide_weights = [tensors[f"guide.{i}"].float() for i in range(len(self.average)) if "guide.0" in tensors]
-            for number, optimiser in enumerate(self.optimisers):
-                _restore_optimiser(optimiser, f"optimiser.{number}.", tensors)
-        return changes
+            changed = {key: (header[key], now) for key, now in self._settings().items() if header[key] != now}
+            if changed:
+                raise StaleWork(
+                    f"{file} was trained with other settings (old, new): {changed}. Repeat the old ones, or use another folder."
+                )
+            self.updates, self.plain_updates, self._spent = (header[key] for key in ("updates", "plain_updates", "seconds"))
+            for learner in self.learners:
+                learner.restore(tensors, self.updates)
 
-    def _changes(self, old: dict[str, object], file: Path) -> dict[str, tuple[object, object]]:
-        new: dict[str, object] = json.loads(json.dumps(asdict(self.recipe)))
-        changes = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
-        if "batch" in changes or "seed" in changes:
-            raise StaleWork(f"{file} was trained with another recipe (old, new): {changes}. Use another folder.")
-        return changes
+    def _settings(self) -> dict[str, Any]:
+        return json.loads(json.dumps({"sizes": [learner.name for learner in self.learners], "recipe": asdict(self._recipe)}))
 
-
-def _restore_optimiser(optimiser: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, x in tensors.items():
-        if name.startswith(prefix):
-            index, key = name.removeprefix(prefix).split(".", 1)
-            state.setdefault(int(index), {})[key] = x.float()
-    for entry in state.values():
-        if "exp_avg_sq" in entry:  # a packed state has no first moments
-            entry.setdefault("exp_avg", torch.zeros_like(entry["exp_avg_sq"]))
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    def _position(self) -> dict[str, Any]:
+        if self._device.type == "cuda":
+            machine = f"one {torch.cuda.get_device_name(self._device)}"
+        else:
+            threads = torch.get_num_threads()
+            machine = f"{threads} core{'s' * (threads > 1)} ({platform.machine()})"
+        times = {"updates": self.updates, "plain_updates": self.plain_updates, "seconds": self.seconds}
+        return times | {"machine": f"{machine} with torch {torch.__version__}"}
 
 
-def load_average(model: FlowModel, file: Path) -> None:
-    """Load the running average of a saved state into the model."""
-    tensors = read_tensors(file, FORMAT, RESTART).tensors
-    with torch.no_grad(), parsing(file, "a training state with an average", RESTART):
-        for i, parameter in enumerate(model.parameters()):
-            parameter.copy_(tensors[f"average.{i}"])
+def train_flow(run: TrainingFolder, sizes: list[str], recipe: FlowRecipe, device: torch.device, workers: int = 0) -> None:
+    """Train transformer and text encoders of all sizes until the end of the recipe."""
+    if device.type == "cuda":
+        # The backward pass of cuDNN's attention reads out of bounds at 90 tokens (torch 2.11 on an H100).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    training = FlowTraining(sizes, recipe, device)
+    training.restore(run.flow)
+    _cut_log(run, training.updates)
+    components = PatchComponents(*(x.to(device) for x in PatchComponents.of_encoder(run.load_autoencoder())))
+    together = 8 if device.type == "cuda" else 1
+    prefetch: dict[str, Any] = {"prefetch_factor": 2, "multiprocessing_context": "spawn"} if workers else {}
+    captions = CaptionChunks(recipe, training.tokenize)
+    chunks = DataLoader(captions, sampler=training.chunks(together), batch_size=None, num_workers=workers, **prefetch)
+    saved = logged = time.monotonic()
+    losses: list[dict[str, float]] = []
+    with tqdm(desc="flow", total=1.0, initial=training.progress, bar_format=BAR, mininterval=1.0) as bar:
+        for plan, ids in chunks:
+            drawn = draw_latents(plan.seeds(recipe).to(device), plan.mix(recipe), components)
+            training.train(plan, drawn, CaptionIds(*(x.to(device) for x in ids)))
+            losses.append(training.losses())
+            bar.set_postfix(update=training.updates, **losses[-1], refresh=False)
+            bar.update(min(1.0, training.progress) - bar.n)
+            now, is_finished = time.monotonic(), training.progress >= 1
+            if now - logged > LOG_SECONDS or is_finished:
+                _log(run, training, losses)
+                logged = now
+            if now - saved > CHECKPOINT_SECONDS or is_finished:
+                training.save(run.flow)
+                saved = now
+            if is_finished:
+                break
 
 
-def pack(source: TrainingFolder, target: TrainingFolder) -> None:
-    """Copy a run in a small form, from which `train` continues.
-
-    The parameters, guide and second moments of the flow are stored in bfloat16, first moments and average are left out.
-    """
-    target.folder.mkdir(parents=True, exist_ok=True)
-    for file in (source.judge, source.components, source.log):
-        if file.exists():
-            shutil.copy(file, target.folder)
-    if source.autoencoder.exists():
-        shutil.copytree(source.autoencoder, target.autoencoder, dirs_exist_ok=True)
-    header, tensors = read_tensors(source.flow, FORMAT, RESTART)
-    names = [name for name in tensors if name.startswith(("model.", "guide.", "optimiser.1.")) and not name.endswith("exp_avg")]
-    small = {name: tensors[name].bfloat16() if tensors[name].ndim else tensors[name] for name in names}
-    write_tensors(target.flow, FORMAT, small, header)
-
-
-class HeldOutLoss:
-    """The loss on scenes that training never sees, and its increase when one word of a caption is wrong."""
-
-    def __init__(self, components: PatchComponents, tokenize: CaptionTokens, scenes: int = 192) -> None:
-        seeds = torch.arange(scenes) + HELD_OUT_SEEDS
-        mixed, single = draw(seeds), draw(seeds + scenes, SceneMix(1, 0, 0))
-        self._mixed = make_batch(mixed, components, tokenize, mixed.captions)
-        self._single = make_batch(single, components, tokenize, single.captions)
-        swapped = {group: [_swap_word(caption, group) for caption in single.captions] for group in SWAPPED_GROUPS}
-        self._swapped = {
-            group: (torch.tensor([a != b for a, b in zip(captions, single.captions, strict=True)]), tokenize(captions))
-            for group, captions in swapped.items()
-        }
-
-    def loss(self, model: FlowModel) -> float:
-        """Return the mean squared velocity error over all noise levels, with equal weights of tokens."""
-        return sum(_errors(model, self._mixed, level).mean().item() for level in LOSS_LEVELS) / len(LOSS_LEVELS)
-
-    def rises(self, model: FlowModel) -> dict[str, float]:
-        """Return for each group the increase of the loss of a noisy scene when one word of the group is wrong."""
-        base = _errors(model, self._single, SWAP_LEVEL)
-        return {
-            group: (_errors(model, self._single._replace(clip=clip, t5=t5), SWAP_LEVEL) - base)[changed].mean().item()
-            for group, (changed, (clip, t5)) in self._swapped.items()
-        }
-
-
-@torch.no_grad()
-def _errors(model: FlowModel, batch: FlowBatch, level: float) -> Float[Tensor, " scene"]:
-    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16):
-        noisy = torch.lerp(batch.latents, noise, level)
-        velocity = model.velocity(noisy, torch.full((len(noise),), level), batch.clip, batch.t5)
-    return (velocity.float() - (noise - batch.latents)).square().mean((1, 2))
-
-
-def _swap_word(caption: str, group: str) -> str:
-    """Exchange the first word of the group in the caption for another one."""
-    words, names = caption.split(), CONCEPTS[group]
-    index = next((i for i, word in enumerate(words) if word in names), None)
-    if index is not None:
-        words[index] = names[(names.index(words[index]) + 1 + len(caption) % (len(names) - 1)) % len(names)]
-    return " ".join(words)
-
-
-def _progress(items: Iterator[T], name: str, total: int, initial: int = 0) -> Iterator[T]:
-    yield from tqdm(items, desc=name, total=total, initial=initial, unit="update", mininterval=1.0)
+def _log(run: TrainingFolder, training: FlowTraining, losses: list[dict[str, float]]) -> None:
+    """Write the mean of the losses, and forget them."""
+    means = {name: sum(each[name] for each in losses) / len(losses) for name in losses[0]}
+    entry = {"update": training.updates, "seconds": round(training.seconds, 1), "loss": means}
+    with disk_errors(run.log), run.log.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    losses.clear()
 
 
 def _cut_log(run: TrainingFolder, update: int) -> None:
@@ -285,8 +289,3 @@ def _cut_log(run: TrainingFolder, update: int) -> None:
         lines = [line for line in run.log.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line).get("update", 0) <= update]
         write_file(run.log, "".join(f"{line}\n" for line in kept).encode())
-
-
-def _log(run: TrainingFolder, **entry: object) -> None:
-    with disk_errors(run.log), run.log.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
