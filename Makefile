@@ -29,7 +29,7 @@ demo: $(READY)  ## install, then generate images with the embedded model and stu
 
 test: $(READY)  ## install, then run the tests
 	@echo "test: running the tests (CPU only, no network)"
-	@$(BIN)/python -m pytest --numprocesses auto
+	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 style: $(READY)  ## check format, lint and types
 	@echo "style: format, lint, types"
@@ -39,7 +39,7 @@ style: $(READY)  ## check format, lint and types
 
 check: style  ## style, and the tests with the axes of every tensor checked
 	@echo "check: tests with shape checking"
-	@$(BIN)/python -m pytest --numprocesses auto $(SHAPES)
+	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(SHAPES)
 
 attack: $(READY)  ## run every command on damaged, full and forbidden disks, killed, and twice at once (minutes)
 	@echo "attack: nothing may be lost, hang or end with a traceback"
