@@ -12,7 +12,7 @@ from jaxtyping import TypeCheckError
 from safetensors.torch import load_file, save_file
 
 import difflex
-from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, DiskError, NonFinite, UnknownName
 from difflex.features.firing import image_key
 from difflex.pipeline import Pipeline
 from difflex.testing import TINY, tiny_folder
@@ -214,6 +214,10 @@ def test_the_error_for_a_damaged_difflex_json_names_it(tmp_path: Path) -> None:
     folder = tiny_folder("flux", tmp_path / "flux")
     (folder / "difflex.json").write_text("{", encoding="utf-8")
     with pytest.raises(BrokenFile, match=r"difflex\.json"):
+        difflex.load(folder)
+    (folder / "difflex.json").unlink()
+    (folder / "difflex.json").mkdir()
+    with pytest.raises(DiskError, match=r"difflex\.json"):
         difflex.load(folder)
 
 

@@ -367,10 +367,18 @@ def test_the_weights_of_another_component_are_refused(tmp_path: Path, component:
         difflex.load(folder)
 
 
-def test_a_tokenizer_with_a_token_that_the_encoder_does_not_know_is_refused(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("setting", "value", "complaint"),
+    [
+        ("eos_token", "<unheard-of>", "tokenizer has a special token with the number"),
+        ("model_max_length", None, r"tokenizer has prompts of 1e\+30 tokens, of which the encoder reads"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_its_encoder_is_refused(tmp_path: Path, setting: str, value: str | None, complaint: str):
     path = tiny_folder("flux", tmp_path / "model") / "tokenizer" / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<unheard-of>"}))
-    with pytest.raises(BrokenFile, match="tokenizer has a special token with the number"):
+    settings = {**json.loads(path.read_text()), setting: value}
+    path.write_text(json.dumps({name: entry for name, entry in settings.items() if entry is not None}))
+    with pytest.raises(BrokenFile, match=complaint):
         difflex.load(tmp_path / "model")
 
 

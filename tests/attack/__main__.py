@@ -49,6 +49,8 @@ def main() -> int:
         for fault in broken:
             print(f"UNDISTURBED {fault}", flush=True)
         healthy = [subject for subject in subjects if not subject.outcome.code]
+        if options.short:  # the same cases each time: their choice must not depend on the time that commands took
+            healthy = [subject._replace(outcome=subject.outcome._replace(work=1.0)) for subject in healthy]
         cases = make_cases(healthy, options.seed, options.cases)
         if options.short:
             cases = _few(cases)

@@ -198,7 +198,7 @@ def _unreachable(source: ModelSource, offline: bool, error: Exception) -> Unknow
 def read_defaults(folder: Path | None, family: Family, plan: PipelinePlan) -> ModelDefaults:
     """Read `difflex.json` in `folder`, completed by the defaults of the family for such a model."""
     path, defaults = folder / DEFAULTS if folder else None, _family_defaults(family, plan)
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return defaults
     advice = "Write it again, or delete it: it is optional."
     entries = read_json(path, 1, advice)
@@ -265,7 +265,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype, **components: object) -> Dif
     for part, component in pipeline.components.items():
         if isinstance(component, nn.Module) and part not in components:
             _check_stored(folder / part, component)
-        _check_special_tokens(folder, part, pipeline)
+        _check_tokens(folder, part, pipeline)
     return pipeline
 
 
@@ -280,13 +280,17 @@ def _check_stored(folder: Path, component: nn.Module) -> None:
         raise BrokenFile(f"{folder} holds other weights than its config describes, such as {names[0]}. {COPY_AGAIN}")
 
 
-def _check_special_tokens(folder: Path, part: str, pipeline: DiffusionPipeline) -> None:
-    """Raise an error for a tokenizer that adds a token to every prompt which its text encoder does not know."""
-    encoder = pipeline.components.get(part.replace("tokenizer", "text_encoder"))
+def _check_tokens(folder: Path, part: str, pipeline: DiffusionPipeline) -> None:
+    """Raise an error for a tokenizer with a special token or a padded length that its text encoder does not know."""
+    encoder, tokenizer = pipeline.components.get(part.replace("tokenizer", "text_encoder")), pipeline.components[part]
     if part.startswith("tokenizer") and isinstance(encoder, PreTrainedModel):
         known = cast(nn.Embedding, encoder.get_input_embeddings()).num_embeddings
-        if (last := max(pipeline.components[part].all_special_ids, default=0)) >= known:
+        if (last := max(tokenizer.all_special_ids, default=0)) >= known:
             raise BrokenFile(f"{folder / part} has a special token with the number {last}, of {known} known ones. {COPY_AGAIN}")
+        most = encoder.config.max_position_embeddings if encoder.config.model_type == "clip_text_model" else None
+        if most is not None and tokenizer.model_max_length > most:  # diffusers pads the prompts of CLIP to it
+            longest = f"{tokenizer.model_max_length:.9g}"
+            raise BrokenFile(f"{folder / part} has prompts of {longest} tokens, of which the encoder reads {most}. {COPY_AGAIN}")
 
 
 def _ending(name: str) -> str:

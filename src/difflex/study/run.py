@@ -90,7 +90,7 @@ def run_study(
             try:
                 records[number] = _run(study, status, made, report)
             except BaseException:
-                if is_first and not _is_begun(study.folder):  # options with which nothing begins are not kept
+                if is_first and not _is_begun(study.folder):  # nothing was begun with these options
                     _write_log(study, records[: number + 1], former)
                 raise
             _write_log(study, records[: number + 1], call)
@@ -240,7 +240,7 @@ def _json(value: object, folder: Path) -> Json:
         relative = value.relative_to(folder).as_posix()
         return relative if relative == "." else f"./{relative}"
     if isinstance(value, range):
-        return f"{value.start}:{value.stop}"
+        return f"{value.start}:{value.stop}" + (f":{value.step}" if value.step > 1 else "")
     if isinstance(value, (tuple, list)):
         return [_json(item, folder) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
