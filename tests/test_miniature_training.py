@@ -435,18 +435,20 @@ def test_the_commands_train_export_and_describe_a_model(tmp_path, monkeypatch, c
     command(monkeypatch, "export", run, models)
     assert {path.name for path in models.iterdir()} == {"tiny", "tiny-base"}
     assert not [path for path in models.rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
-    assert json.loads((models / "tiny-base" / "difflex.json").read_text())["name"] == "tiny-base"
+    settings = json.loads((models / "tiny-base" / "difflex.json").read_text())
+    assert (settings["name"], settings["steps"], settings["guidance"]) == ("tiny-base", 20, 1.75)
     embeddings = []
     for name, updates in (("tiny", 2), ("tiny-base", 0)):
         assert TrainingRecord.load(models / name).guided_updates == updates
         pipeline = FluxPipeline.from_pretrained(models / name, dtype=torch.float32)
         embeddings.append(pipeline.text_encoder.get_input_embeddings().weight)
-        write_card(models / name, {4: {"all": {"count": 0.5}, "unseen combinations": {"shape and colour": 0.5}}})
+        write_card(models / name, {"4 steps": {"all": {"count": 0.5}, "unseen combinations": {"shape and colour": 0.5}}})
     assert not torch.equal(*embeddings)
     folded, base = ((models / name / "README.md").read_text() for name in ("tiny", "tiny-base"))
     assert "40 scenes drawn" in folded and "18 updates of 2 scenes" in folded and "in 2 more updates" in folded
-    assert "36 scenes drawn" in base and "In `tiny`, which was trained from these weights" in base
-    command(monkeypatch, "examine", models / "tiny", "--captions", 6, "--steps", 1)
+    assert "36 scenes drawn" in base and "as in `tiny`, which was trained further from these weights" in base
+    assert "- 4 steps: count 50.0% is under 85%.\n" in folded
+    command(monkeypatch, "examine", models / "tiny-base", "--captions", 6, "--steps", 1, "--guidance", 1.75)
     assert "true drawings" in capsys.readouterr().out
 
 
@@ -456,9 +458,9 @@ def test_a_card_tells_what_a_record_adds(tmp_path, pipeline):
     record = {"made_by": "A script", "machine": "a GPU", "seconds": 415.0, "updates": 10, "guided_updates": 2}
     record |= {"sizes": ["other", "small"], "muon_rate": 5e-3, "adam_rate": 1e-3, "notes": ["It differs."]}
     TrainingRecord(**record, recipe=vars(FlowRecipe())).save(model)
-    write_card(model, {4: {"all": {}, "unseen combinations": {"shape and colour": 0.9}}})
+    write_card(model, {"4 steps": {"all": {}, "unseen combinations": {"shape and colour": 0.9}}})
     card = (model / "README.md").read_text()
-    assert "- A script: 6.9 minutes on a GPU, together with `small` on the same scenes.\n- It differs.\n" in card
+    assert "- A script: 6.9 minutes on a GPU, together with `small` on the same scenes.\n" in card and "\n- It differs.\n" in card
 
 
 def test_the_embedded_autoencoder_is_used_unless_the_run_has_its_own(tmp_path, pipeline):

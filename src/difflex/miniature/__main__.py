@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from difflex.quiet import quiet
 with quiet("transformers"):  # at its first import it lists missing packages
     from diffusers import FluxPipeline
 
-    from difflex.miniature.exporting import STEPS, export, generate_images, write_card
+    from difflex.miniature.exporting import MANY_STEPS, STEPS, export, generate_images, write_card
     from difflex.miniature.flow import SIZES, FlowRecipe
     from difflex.miniature.judge import load_judge
     from difflex.miniature.scoring import Examination, as_markdown, examine, examine_drawings, shortfalls
@@ -64,6 +65,7 @@ def main() -> None:
     verb.add_argument("--judge", type=Path, help="weights of the judge, by default those of the package")
     verb.add_argument("--captions", type=int, default=500)
     verb.add_argument("--steps", type=int, default=STEPS)
+    verb.add_argument("--guidance", type=float, default=1.0, help="above 1 it takes a second call in each step")
     verb.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     try:
@@ -89,10 +91,12 @@ def _train(flags: argparse.Namespace) -> None:
     torch.set_num_threads(flags.threads)
     device = find_device(flags.device)
     on_gpu = device.type == "cuda"
-    minutes = MINUTES if flags.minutes is None and flags.updates is None and on_gpu else flags.minutes
-    length = {"length": flags.updates or FlowRecipe().length} if minutes is None else {"length": minutes, "unit": "minutes"}
+    recipe = FlowRecipe(batch=flags.batch, seed=flags.seed)
+    if flags.updates:
+        recipe = replace(recipe, length=flags.updates)
+    elif flags.minutes or on_gpu:
+        recipe = replace(recipe, length=flags.minutes or MINUTES, unit="minutes")
     workers = flags.workers if flags.workers is not None else on_gpu * max(1, min(13, (os.cpu_count() or 1) - 2))
-    recipe = FlowRecipe(**length, batch=flags.batch, seed=flags.seed)
     train(flags.folder, [*dict.fromkeys(flags.sizes)], recipe, device, workers, flags.from_scratch)
 
 
@@ -103,8 +107,14 @@ def _export(flags: argparse.Namespace) -> None:
 
 
 def _card(flags: argparse.Namespace) -> None:
-    """Examine an exported model at 4 and 20 steps and write its model card."""
-    write_card(flags.model, {steps: _examine_model(flags.model, None, 500, steps, 0) for steps in (STEPS, 20)})
+    """Examine an exported model at 4 and 20 steps, also with guidance if it needs some, and write its model card."""
+    guidance = json.loads((flags.model / "difflex.json").read_text())["guidance"]
+    examinations = {}
+    for scale in (1.0, guidance) if guidance > 1 else (1.0,):
+        for steps in (STEPS, MANY_STEPS):
+            title = f"{steps} steps" + (f", guidance {scale:g}" if scale > 1 else "")
+            examinations[title] = _examine_model(flags.model, None, 500, steps, 0, scale)
+    write_card(flags.model, examinations)
     print(f"Wrote {flags.model / 'README.md'}.")
 
 
@@ -114,12 +124,12 @@ def _examine(flags: argparse.Namespace) -> None:
     model = embedded if embedded.is_dir() else Path(flags.model)
     if not (model / "model_index.json").is_file():
         raise BadInput(f"{flags.model} is neither a pipeline folder nor an embedded model: there is no {model}/model_index.json.")
-    rows = _examine_model(model, flags.judge, flags.captions, flags.steps, flags.seed)
+    rows = _examine_model(model, flags.judge, flags.captions, flags.steps, flags.seed, flags.guidance)
     print(as_markdown(rows))
     print(json.dumps({"steps": flags.steps, "captions": flags.captions, "missed": shortfalls(rows)}))
 
 
-def _examine_model(model: Path, judge_file: Path | None, captions: int, steps: int, seed: int) -> Examination:
+def _examine_model(model: Path, judge_file: Path | None, captions: int, steps: int, seed: int, guidance: float) -> Examination:
     """Examine a model, and the judge on true drawings."""
     pipeline = FluxPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -128,7 +138,7 @@ def _examine_model(model: Path, judge_file: Path | None, captions: int, steps: i
     with tqdm(desc=f"images at {steps} steps", total=captions + captions // 2, unit="image") as bar:
 
         def generate(prompts: list[str]) -> Float[Tensor, "caption 3 height width"]:
-            images = generate_images(pipeline, prompts, steps, seed)
+            images = generate_images(pipeline, prompts, steps, seed, guidance)
             bar.update(len(prompts))
             return images
 

@@ -26,6 +26,8 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 PATCH = 4
 GROUP = 6
 """Channels per norm group."""
+PROJECTION = "encoder.down_blocks.1.downsamplers.0.conv"
+"""The layer of the VAE that holds the components."""
 ANCHOR = 300.0
 """The value of constant channels that keep the group norm constant; large compared with components of size 1."""
 
@@ -177,9 +179,8 @@ class PatchComponents(NamedTuple):
 
         Components that are fitted on another machine may differ in their signs, and latents with them.
         """
-        convolution = vae.encoder.down_blocks[1].downsamplers[0].conv
-        rows = [_channel(i) for i in range(LATENT_CHANNELS)]
-        kernel, bias = convolution.weight.detach()[rows, :12, :2, :2], convolution.bias.detach()[rows]
+        tensors, rows = vae.state_dict(), [_channel(i) for i in range(LATENT_CHANNELS)]
+        kernel, bias = tensors[f"{PROJECTION}.weight"][rows, :12, :2, :2], tensors[f"{PROJECTION}.bias"][rows]
         weights = kernel.unflatten(1, (3, 2, 2)).permute(0, 1, 4, 2, 5, 3).reshape(LATENT_CHANNELS, -1)
         # The bias is -weights @ mean. The rows are orthogonal, so this mean gives the same one.
         return cls(weights.T @ (-bias / weights.square().sum(1)), weights)
@@ -206,8 +207,7 @@ def write_encoder(vae: AutoencoderKL, components: PatchComponents) -> None:
     _gather(weights["encoder.down_blocks.0.downsamplers.0.conv.weight"])
     for channel in range(12):
         weights["encoder.down_blocks.1.resnets.0.conv_shortcut.weight"][channel, channel, 0, 0] = 1.0
-    project = "encoder.down_blocks.1.downsamplers.0.conv"
-    _project(weights[f"{project}.weight"], weights[f"{project}.bias"], components)
+    _project(weights[f"{PROJECTION}.weight"], weights[f"{PROJECTION}.bias"], components)
     weights["encoder.conv_norm_out.weight"].fill_(1.0)
     scale = ANCHOR * (2 / GROUP) ** 0.5
     for i in range(LATENT_CHANNELS):

@@ -19,7 +19,8 @@ from difflex.miniature.training import FORMAT, RESTART, TrainingFolder
 from difflex.miniature.world import PIXELS
 from difflex.tensors import read_tensors
 
-STEPS = 4
+STEPS, MANY_STEPS = 4, 20
+"""Steps for models with and without guidance folded in."""
 RECORD = "training.json"
 CARD = """---
 license: apache-2.0
@@ -30,25 +31,29 @@ pipeline_tag: text-to-image
 
 A text-to-image model with the architecture of FLUX.1, small enough to be part of a Python package: a diffusers `FluxPipeline`
 with a `FluxTransformer2DModel` of {double} double and {single} single blocks ({width} wide, {heads} heads), a CLIP and a T5 text
-encoder of two layers each, and an `AutoencoderKL`. Transformer and text encoders have {parameters:.2f} million parameters.
+encoder of two layers each ({text_width} wide), and an `AutoencoderKL`: {millions:.2f} M parameters without the autoencoder.
 {pixels} x {pixels} pixels are 8 x 8 image tokens. It was trained from scratch on the drawn world of `difflex.miniature`, whose
 concepts are known at every pixel, so that interpretability tools can be checked against the truth.
 
 ## Training
+- {made_by}: {minutes:.1f} minutes on {machine}{siblings}.
 - Data: {scenes:,} scenes drawn on the fly, none twice: one object ({early[0]:.0%}), two different objects ({early[1]:.0%}), two
-  or three equal ones ({early[2]:.0%}); after {layout:.0%} of the plain training {late[0]:.0%}, {late[1]:.0%} and {late[2]:.0%}.
-  A fixed tenth of the (shape, colour, texture) combinations never appears. {dropped:.0%} of the captions are empty.
-- Autoencoder: the encoder is the principal components of 4 x 4 patches, in closed form; the decoder was trained on its latents.
-- Flow: plain rectified flow and no other loss, {updates:,} updates of {batch} scenes; Muon ({muon:g}) and AdamW ({adam:g}), with
-  rates that are constant until {decay:.0%} of the plain training and then fall along a cosine; tokens on objects weighted up to
-  {weight:g} times. The weights are a running average.
+  or three equal ones ({early[2]:.0%}); in the last {late:.0%} of the training before guidance {mix[0]:.0%}, {mix[1]:.0%} and
+  {mix[2]:.0%}. A fixed tenth of the (shape, colour, texture) combinations never appears. {dropped:.0%} of the captions are empty.
+- Loss: plain rectified flow in bfloat16. A token on an object weighs up to {weight:g} times as much as one on the background;
+  the extra weight falls to zero between noise levels {doubt[0]} and {doubt[1]}. Noise levels are the sigmoid of normal numbers of
+  mean {levels[0][0]} and spread {levels[0][1]}, in that last part {levels[1][0]} and {levels[1][1]}. There is no other loss: no
+  head reads concepts from the activations.
+- Optimisers: Muon for the matrices of the blocks (learning rate {muon:g}), AdamW for the rest ({adam:g}), level until
+  {decay:.0%} of the training before guidance, then along a cosine to 2%. {updates:,} updates of {batch} scenes. The weights are
+  a running average ({ema} an update).
 - Guidance: {guidance}
-- {made_by}: {minutes:.1f} minutes on {machine}{siblings}.{notes}
-
+- Autoencoder: the encoder is the principal components of 4 x 4 patches, in closed form; the decoder was trained on its latents.
+{notes}
 ## Results
 Captions that training never saw, with one image each. An attribute counts only where the caption states it, and it is correct
 if it is correct for all objects. The judge is a small network trained on true drawings alone; the last row is the judge on true
-drawings.
+drawings. The last column counts unseen combinations of shape, colour and texture with both shape and colour correct.
 
 {tables}
 
@@ -57,9 +62,11 @@ drawings.
 - It knows the words of `difflex.json` only; other words are spelled letter by letter and mean nothing to it.
 - One image size, at most three objects, one kind of scene; captions are cut after {length} tokens.
 """
-FOLDED = """of {scale:g}, folded into the weights in {updates:,} more updates, in which targets are moved along the change that
-  the caption makes in the velocity of the average weights from before. Generate with `guidance_scale=0`."""
-PLAIN = "none. In `{name}`, which was trained from these weights, guidance of {scale:g} is folded in."
+FOLDED = """of {scale:g}, folded into the weights in {updates:,} more updates: targets are moved by {share:g} times the change
+  that the caption makes in the velocity of the average weights from before; learning rates from {rate:.0%} to zero, running
+  average {ema}. Generate with `guidance_scale=0`."""
+PLAIN = """none is folded in, as in `{name}`, which was trained further from these weights. Guidance of {scale:g} takes a second
+  call in each step, with the empty caption (`true_cfg_scale={scale:g}`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,7 @@ class TrainingRecord:
     """What was run."""
     machine: str
     seconds: float
+    """Of the training up to these weights, without compilation."""
     updates: int
     """Those before guidance."""
     guided_updates: int
@@ -103,26 +111,26 @@ def export(run: TrainingFolder, target: Path) -> list[Path]:
     header, tensors = read_tensors(run.flow, FORMAT, RESTART)
     folders = []
     with parsing(run.flow, "a training state", RESTART):
-        guided = header["updates"] - header["plain_updates"]
         for name in header["sizes"]:
-            for model, kind in {f"{name}-base": "base", name: "average"}.items() if guided else [(f"{name}-base", "average")]:
+            kinds = {f"{name}-base": "base", name: "average"} if f"{name}.base.0" in tensors else {f"{name}-base": "average"}
+            for model, kind in kinds.items():
                 pipeline = untrained_pipeline(SIZES[name].config, 0)
                 for i, parameter in enumerate(FlowModel(pipeline).parameters()):
                     parameter.data.copy_(tensors[f"{name}.{kind}.{i}"])
                 pipeline.register_modules(vae=run.load_autoencoder())
                 folders.append(target / model)
-                save_pipeline(pipeline, folders[-1])
-                _record(header, name, guided if model == name else 0).save(folders[-1])
+                save_pipeline(pipeline, folders[-1], 0.0 if model == name else header["recipe"]["guidance"])
+                _record(header, name, model == name).save(folders[-1])
     return folders
 
 
-def _record(header: dict[str, Any], name: str, guided_updates: int) -> TrainingRecord:
+def _record(header: dict[str, Any], name: str, is_folded: bool) -> TrainingRecord:
     return TrainingRecord(
-        made_by="`python -m difflex.miniature train`",
+        made_by="Made by `python -m difflex.miniature train`",
         machine=header["machine"],
-        seconds=header["seconds"],
+        seconds=header["seconds" if is_folded else "plain_seconds"],
         updates=header["plain_updates"],
-        guided_updates=guided_updates,
+        guided_updates=is_folded * (header["updates"] - header["plain_updates"]),
         sizes=header["sizes"],
         muon_rate=SIZES[name].muon_rate,
         adam_rate=SIZES[name].adam_rate,
@@ -131,21 +139,27 @@ def _record(header: dict[str, Any], name: str, guided_updates: int) -> TrainingR
     )
 
 
-def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
-    """Write a pipeline folder named as its model, the transformer in bfloat16, with the defaults of the model."""
+def save_pipeline(pipeline: FluxPipeline, folder: Path, guidance: float) -> None:
+    """Write a pipeline folder named as its model, the transformer in bfloat16.
+
+    `guidance` is that of the model by default, 0 where it is folded in.
+    """
     pipeline.register_modules(transformer=pipeline.transformer.to(torch.bfloat16))
     pipeline.save_pretrained(folder)
     for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:  # a path of this machine
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    blocks = pipeline.transformer.config.num_layers, pipeline.transformer.config.num_single_layers
+    state = "before guidance is folded in: made for more steps, with guidance" if guidance else "guidance is folded in"
     defaults = {
         "format": 1,
         "name": folder.name,
+        "description": f"FLUX with {blocks[0]} double and {blocks[1]} single blocks, trained on the drawn world; {state}.",
         "family": "flux",
         "pixels": [[PIXELS, PIXELS]],
-        "steps": STEPS,
-        "guidance": 0.0,
+        "steps": MANY_STEPS if guidance else STEPS,
+        "guidance": guidance,
         "text_length": pipeline.tokenizer_2.model_max_length,
         "words": list(WORDS),
     }
@@ -154,18 +168,23 @@ def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
 
 @torch.no_grad()
 def generate_images(
-    pipeline: FluxPipeline, captions: list[str], steps: int = STEPS, seed: int = 0
+    pipeline: FluxPipeline, captions: list[str], steps: int = STEPS, seed: int = 0, guidance: float = 1.0
 ) -> Float[Tensor, "caption 3 height width"]:
-    """Generate images in [0, 1], that of caption i from the noise of seed + i."""
+    """Generate images in [0, 1], that of caption i from the noise of seed + i.
+
+    Guidance above 1 takes a second call in each step.
+    """
     chunks = []
     for first in range(0, len(captions), 32):
         chunk = captions[first : first + 32]
         chunks.append(
             pipeline(
                 prompt=chunk,
+                negative_prompt=[""] * len(chunk),
                 height=PIXELS,
                 width=PIXELS,
                 num_inference_steps=steps,
+                true_cfg_scale=guidance,
                 guidance_scale=0.0,
                 max_sequence_length=pipeline.tokenizer_2.model_max_length,
                 generator=[torch.Generator().manual_seed(seed + first + i) for i in range(len(chunk))],
@@ -176,43 +195,50 @@ def generate_images(
     return torch.cat(chunks).float().clamp(0, 1)
 
 
-def write_card(model: Path, examinations: dict[int, Examination]) -> None:
-    """Write the model card of a pipeline folder with a record; `examinations` are by number of steps, the default first."""
+def write_card(model: Path, examinations: dict[str, Examination]) -> None:
+    """Write the model card of a pipeline folder with a record; `examinations` are by title, the most important first."""
     record, pipeline = TrainingRecord.load(model), FluxPipeline.from_pretrained(model, dtype=torch.float32)
-    transformer, recipe = pipeline.transformer, record.recipe
-    total = record.updates + record.guided_updates
+    transformer, recipe, base = pipeline.transformer, record.recipe, model.name.removesuffix("-base")
     guidance = (FOLDED if record.guided_updates else PLAIN).format(
-        name=model.name.removesuffix("-base"), scale=recipe["guidance"], updates=record.guided_updates
+        name=base,
+        scale=recipe["guidance"],
+        share=recipe["guidance"] - 1,
+        updates=record.guided_updates,
+        rate=recipe["guided_rate"],
+        ema=recipe["averaging"][1],
     )
-    siblings = [name for name in record.sizes if name != model.name.removesuffix("-base")]
-    default, examination = next(iter(examinations.items()))
+    title, examination = next(iter(examinations.items()))
     card = CARD.format(
         name=model.name,
         double=transformer.config.num_layers,
         single=transformer.config.num_single_layers,
         width=transformer.inner_dim,
         heads=transformer.config.num_attention_heads,
-        parameters=sum(x.numel() for x in FlowModel(pipeline).parameters()) / 1e6,
+        text_width=transformer.config.joint_attention_dim,
+        millions=sum(x.numel() for x in FlowModel(pipeline).parameters()) / 1e6,
         pixels=PIXELS,
-        scenes=total * recipe["batch"],
-        early=recipe["mixes"][0],
-        late=recipe["mixes"][1],
-        layout=recipe["layout_from"],
-        dropped=recipe["drop_caption"],
-        updates=record.updates,
-        batch=recipe["batch"],
-        muon=record.muon_rate,
-        adam=record.adam_rate,
-        decay=recipe["decay_from"],
-        weight=1 + recipe["object_weight"],
-        guidance=guidance,
         made_by=record.made_by,
         minutes=record.seconds / 60,
         machine=record.machine,
-        siblings="".join(f", together with `{name}` on the same scenes" for name in siblings),
-        notes="".join(f"\n- {note}" for note in record.notes),
-        tables="\n\n".join(f"{steps} steps:\n\n{as_markdown(rows)}" for steps, rows in examinations.items()),
-        missed="\n".join(f"- At {default} steps, {line}." for line in shortfalls(examination)),
+        siblings="".join(f", together with `{name}` on the same scenes" for name in record.sizes if name != base),
+        scenes=(record.updates + record.guided_updates) * recipe["batch"],
+        early=recipe["mixes"][0],
+        mix=recipe["mixes"][1],
+        late=1 - recipe["layout_from"],
+        dropped=recipe["drop_caption"],
+        weight=1 + recipe["object_weight"],
+        doubt=recipe["doubt"],
+        levels=recipe["levels"],
+        muon=record.muon_rate,
+        adam=record.adam_rate,
+        decay=recipe["decay_from"],
+        updates=record.updates,
+        batch=recipe["batch"],
+        ema=recipe["averaging"][0],
+        guidance=guidance,
+        notes="".join(f"- {note}\n" for note in record.notes),
+        tables="\n\n".join(f"{name}:\n\n{as_markdown(rows)}" for name, rows in examinations.items()),
+        missed="\n".join(f"- {title}: {line}." for line in shortfalls(examination)),
         length=pipeline.tokenizer_2.model_max_length,
     )
     (model / "README.md").write_text(card)

@@ -155,7 +155,8 @@ class _WordIds(NamedTuple):
         tokens = tokenizer(list(WORDS), add_special_tokens=False).input_ids
         ids = {word: token for word, [token] in zip(WORDS, tokens, strict=True)}
         *start, end = tokenizer("").input_ids
-        return cls(ids, start, end, tokenizer.pad_token_id, tokenizer.model_max_length)
+        padded = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length).input_ids
+        return cls(ids, start, end, padded[-1], len(padded))
 
     def look_up(self, captions: list[str]) -> Int[Tensor, "caption length"]:
         rows = []

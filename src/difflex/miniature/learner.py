@@ -106,7 +106,7 @@ class FlowLearner:
         self.name, self._recipe, self._batch = name, recipe, batch
         self._device = batch.latents.device
         self.model = FlowModel(untrained_pipeline(SIZES[name].config, recipe.seed)).to(self._device).train()
-        self._parameters = list(self.model.parameters())
+        self._parameters: list[Tensor] = list(self.model.parameters())
         self.optimiser = FlowOptimiser(self.model, SIZES[name])
         self.average = [x.detach().clone() for x in self._parameters]
         self.base: list[Tensor] = []

@@ -143,8 +143,9 @@ class FlowTraining:
         self._recipe, self._device = recipe, device
         self.batch = FlowBatch.empty(recipe.batch, pipeline.tokenizer_2.model_max_length, device)
         self.learners = [FlowLearner(name, recipe, self.batch) for name in sizes]
-        self.updates, self.plain_updates = 0, 0
-        """All, and those before guidance."""
+        self.updates = self.plain_updates = 0
+        self.plain_seconds = 0.0
+        """Those before guidance, as `plain_updates`."""
         self._spent, self._began = 0.0, math.inf
         # Random numbers of a GPU are drawn there, those of any other device on the CPU.
         self._generator = torch.Generator(device if device.type == "cuda" else "cpu")
@@ -178,7 +179,8 @@ class FlowTraining:
             for learner in self.learners:
                 learner.update(factor)
             self.updates += 1
-            self.plain_updates += not is_guided
+            if not is_guided:
+                self.plain_updates, self.plain_seconds = self.updates, self.seconds
 
     def _prepare(self, is_guided: bool) -> None:
         """Begin guidance if it is time, and choose how updates are computed."""
@@ -224,7 +226,8 @@ class FlowTraining:
                 raise StaleWork(
                     f"{file} was trained with other settings (old, new): {changed}. Repeat the old ones, or use another folder."
                 )
-            self.updates, self.plain_updates, self._spent = (header[key] for key in ("updates", "plain_updates", "seconds"))
+            self.updates, self._spent = header["updates"], header["seconds"]
+            self.plain_updates, self.plain_seconds = header["plain_updates"], header["plain_seconds"]
             for learner in self.learners:
                 learner.restore(tensors, self.updates)
 
@@ -237,8 +240,9 @@ class FlowTraining:
         else:
             threads = torch.get_num_threads()
             machine = f"{threads} core{'s' * (threads > 1)} ({platform.machine()})"
-        times = {"updates": self.updates, "plain_updates": self.plain_updates, "seconds": self.seconds}
-        return times | {"machine": f"{machine} with torch {torch.__version__}"}
+        plain = {"plain_updates": self.plain_updates, "plain_seconds": self.plain_seconds}
+        now = {"updates": self.updates, "seconds": self.seconds}
+        return {**plain, **now, "machine": f"{machine} with torch {torch.__version__}"}
 
 
 def train_flow(run: TrainingFolder, sizes: list[str], recipe: FlowRecipe, device: torch.device, workers: int = 0) -> None:
@@ -261,7 +265,7 @@ def train_flow(run: TrainingFolder, sizes: list[str], recipe: FlowRecipe, device
             drawn = draw_latents(plan.seeds(recipe).to(device), plan.mix(recipe), components)
             training.train(plan, drawn, CaptionIds(*(x.to(device) for x in ids)))
             losses.append(training.losses())
-            bar.set_postfix(update=training.updates, **losses[-1], refresh=False)
+            bar.set_postfix({"update": training.updates, **losses[-1]}, refresh=False)
             bar.update(min(1.0, training.progress) - bar.n)
             now, is_finished = time.monotonic(), training.progress >= 1
             if now - logged > LOG_SECONDS or is_finished:
