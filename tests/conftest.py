@@ -16,3 +16,8 @@ def pytest_collection_finish() -> None:
     """Collect garbage from now on, but never again look at what was imported."""
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter collect all at its end: modules of C++ otherwise report what they leave."""
+    gc.unfreeze()

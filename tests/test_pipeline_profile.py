@@ -52,8 +52,15 @@ def test_more_layers_than_any_model_has_are_not_built(tmp_path: Path):
         config_site_rows(str(tmp_path / "model"))
 
 
-@pytest.mark.parametrize("family", ["flux", "sdxl", "sd3"])
-@pytest.mark.parametrize("guidance", [0.0, 3.0])
+@pytest.mark.parametrize(
+    ("family", "guidance"),
+    [
+        ("flux", 0.0),
+        ("sdxl", 3.0),
+        ("sd3", 3.0),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("flux", 3.0), ("sdxl", 0.0), ("sd3", 0.0))),
+    ],
+)
 def test_the_profiled_cost_of_steps_equals_the_operations_of_a_harvest(family: str, guidance: float, tmp_path: Path):
     pipe, site = difflex.load(tiny_folder(family, tmp_path / family)), {"sdxl": "mid.0", "sd3": "joint.1"}.get(family, "double.1")
     shots = list(pipe.shots("a star", steps=3, guidance=guidance))

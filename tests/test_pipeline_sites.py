@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from difflex.errors import BadInput, NonFinite, UnknownName
 from difflex.pipeline import Pipeline, loading
 from difflex.pipeline.calls import DenoiserCall
 from difflex.pipeline.families import Family
+from difflex.pipeline.profile import SiteRow
 from difflex.pipeline.sites import apply_at_site
 from difflex.records import HookContext, Site
 from difflex.testing import TINY, tiny_folder
@@ -33,8 +35,14 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     return difflex.load(tiny_folder("flux", tmp_path_factory.mktemp("models") / "flux"))
 
 
+@lru_cache(1)
+def rows_of(pipe: Pipeline) -> list[SiteRow]:
+    """The table of sites, which a call of a copy of the model makes."""
+    return pipe.sites()
+
+
 def all_sites(pipe: Pipeline) -> list[Site]:
-    return [Site(row.site.path, kind, row.site.stream) for row in pipe.sites() for kind in row.kinds]
+    return [Site(row.site.path, kind, row.site.stream) for row in rows_of(pipe) for kind in row.kinds]
 
 
 def latents(pipe: Pipeline, guidance: float = 1.0) -> Tensor:
@@ -64,7 +72,7 @@ def test_writing_at_any_site_changes_the_image(pipe: Pipeline):
 
 
 def test_the_table_of_sites_has_the_shapes_of_activations(pipe: Pipeline):
-    rows, shapes = pipe.sites(), {}
+    rows, shapes = rows_of(pipe), {}
     assert len(rows) >= 3
     with ExitStack() as stack:
         for site in all_sites(pipe):
@@ -79,7 +87,7 @@ def test_the_table_of_sites_has_the_shapes_of_activations(pipe: Pipeline):
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_the_context_holds_step_timestep_half_and_shots(pipe: Pipeline, guidance: float):
     contexts: list[HookContext] = []
-    site = pipe.sites()[0].site
+    site = rows_of(pipe)[0].site
     timesteps = pipe.engine.timesteps(next(pipe.shots([""], steps=STEPS, keep_steps=[0])))
     with pipe.at(site, lambda x, context: contexts.append(context)):
         latents(pipe, guidance)
@@ -94,7 +102,7 @@ def test_the_context_holds_step_timestep_half_and_shots(pipe: Pipeline, guidance
 def test_the_conditional_half_equals_a_run_without_guidance(pipe: Pipeline):
     if not pipe.engine.is_guided(4.0):
         pytest.skip("guidance is folded into this model")
-    site = [row.site for row in pipe.sites() if row.site.stream == "image"][-1]
+    site = [row.site for row in rows_of(pipe) if row.site.stream == "image"][-1]
     activations: dict[str | None, Tensor] = {}
 
     def keep(x: Tensor, context: HookContext) -> None:
@@ -112,7 +120,7 @@ def test_a_function_can_be_limited_to_one_half(pipe: Pipeline):
     if not pipe.engine.is_guided(4.0):
         pytest.skip("guidance is folded into this model")
     halves: list[str | None] = []
-    with pipe.at(pipe.sites()[0].site, lambda x, context: halves.append(context.half), half="conditional"):
+    with pipe.at(rows_of(pipe)[0].site, lambda x, context: halves.append(context.half), half="conditional"):
         latents(pipe, 4.0)
     assert set(halves) == {"conditional"}
 
@@ -120,17 +128,17 @@ def test_a_function_can_be_limited_to_one_half(pipe: Pipeline):
 def test_the_grid_matches_the_number_of_tokens(pipe: Pipeline):
     grids: dict[Site, tuple[int, int] | None] = {}
     with ExitStack() as stack:
-        for row in pipe.sites():
+        for row in rows_of(pipe):
             stack.enter_context(pipe.at(row.site, lambda x, context, site=row.site: grids.update({site: context.grid})))
         latents(pipe)
-    for row in pipe.sites():
+    for row in rows_of(pipe):
         grid = grids[row.site]
         assert grid is None if row.site.stream == "text" else grid is not None and grid[0] * grid[1] == row.tokens
-    assert grids[pipe.sites()[0].site] in ((4, 6), (8, 12))  # 16 x 24 pixels, 4 or 2 of them a token
+    assert grids[rows_of(pipe)[0].site] in ((4, 6), (8, 12))  # 16 x 24 pixels, 4 or 2 of them a token
 
 
 def test_a_full_module_path_is_a_site(pipe: Pipeline):
-    row, paths = pipe.sites()[0], [name for name, _ in pipe.engine.denoiser.named_modules()]
+    row, paths = rows_of(pipe)[0], [name for name, _ in pipe.engine.denoiser.named_modules()]
     assert pipe.site(row.path) == row.site
     inner = next(path for path in paths if path.endswith((".to_q", ".linear_in")))
     activations: list[Tensor] = []
@@ -279,7 +287,7 @@ def test_steps_and_halves_are_known_in_a_call_of_the_diffusers_pipeline_itself(p
     guidance = 4.0
     shots = list(pipe.shots(PROMPTS, steps=STEPS, keep_steps=[0], guidance=guidance))
     ours, raw = [], []
-    site = pipe.sites()[0].site
+    site = rows_of(pipe)[0].site
     with pipe.at(site, lambda x, context: ours.append((context.step, context.timestep, context.half, x.clone()))):
         pipe.engine.run(shots, output_type="latent")
     prompts = pipe.engine.encoder([shot.prompt for shot in shots], pipe.engine.is_guided(guidance))

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,7 @@ def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return difflex.load(folder)
 
 
+@lru_cache(1)
 def site_of(pipe: Pipeline) -> tuple[Site, int]:
     rows = [row for row in pipe.sites() if row.site.stream == "image"]
     return rows[len(rows) // 2].site, rows[len(rows) // 2].width
@@ -315,7 +317,15 @@ def generated(pipe: Pipeline, edits: list[SteeringHook] | None = None) -> list[b
     return [item.image.tobytes() for item in images]
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("pipe", "operation"),
+    [
+        pytest.param(family, operation, marks=() if family == "flux" or operation in ("set", "transplant") else pytest.mark.slow)
+        for family in TINY
+        for operation in OPERATIONS
+    ],
+    indirect=["pipe"],
+)
 def test_for_every_family_an_edit_of_nothing_changes_nothing_and_a_recorded_edit_makes_the_same_image(
     pipe: Pipeline, operation: str, tmp_path: Path
 ):
