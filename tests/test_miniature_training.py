@@ -470,6 +470,17 @@ def test_the_embedded_autoencoder_is_used_unless_the_run_has_its_own(tmp_path, p
     assert torch.equal(run.load_autoencoder().decoder.conv_in.weight, pipeline.vae.decoder.conv_in.weight)
 
 
+def test_a_training_from_scratch_makes_its_own_judge_and_autoencoder(tmp_path, monkeypatch):
+    for name in ("JUDGE_UPDATES", "DECODER_UPDATES"):
+        monkeypatch.setattr(training, name, 3)
+    recipe = replace(SHORT, length=2)
+    training.train(tmp_path / "own", ["tiny"], recipe, CPU, from_scratch=True)
+    assert {path.name for path in (tmp_path / "own").iterdir()} >= {"judge.safetensors", "vae", "flow.safetensors", "log.jsonl"}
+    training.train(tmp_path / "other", ["tiny"], recipe, CPU)
+    with pytest.raises(StaleWork, match="autoencoder of the package"):
+        training.train(tmp_path / "other", ["tiny"], recipe, CPU, from_scratch=True)
+
+
 def test_the_examination_has_all_rows_and_fails_noise():
     """With an untrained judge and noise most thresholds are missed; the rows are complete."""
     judge = Judge().eval()

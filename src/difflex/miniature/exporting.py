@@ -65,8 +65,8 @@ drawings. The last column counts unseen combinations of shape, colour and textur
 FOLDED = """of {scale:g}, folded into the weights in {updates:,} more updates: targets are moved by {share:g} times the change
   that the caption makes in the velocity of the average weights from before; learning rates from {rate:.0%} to zero, running
   average {ema}. Generate with `guidance_scale=0`."""
-PLAIN = """none is folded in, unlike in `{name}`, which was trained further from these weights. Guidance of {scale:g} takes a second
-  call in each step, with the empty caption (`true_cfg_scale={scale:g}`)."""
+PLAIN = """none is folded in, unlike in `{name}`, which was trained further from these weights. Guidance of {scale:g} takes a
+  second call in each step, with the empty caption (`true_cfg_scale={scale:g}`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

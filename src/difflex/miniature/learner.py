@@ -145,6 +145,7 @@ class FlowLearner:
             try:
                 update = self._captured(compiled=way == "compiled")
             except Exception as error:
+                torch.cuda.synchronize()
                 tqdm.write(f"{self.name}: an update cannot be {way}: {error}")
             else:
                 self._update, chosen = update, way
@@ -177,6 +178,7 @@ class FlowLearner:
         finally:
             self.optimiser.updates = updates
             torch._foreach_copy_(self.optimiser.state, state)
+            self.model.zero_grad(set_to_none=False)
 
     def _eager_update(self) -> None:
         loss = flow_loss(self.model, self._batch, self._recipe, self._teacher)

@@ -206,7 +206,10 @@ class FlowTraining:
         """Return the loss of the last update by size."""
         losses = {learner.name: learner.loss.item() for learner in self.learners}
         if not all(map(math.isfinite, losses.values())):
-            raise NonFinite(f"A loss is not finite after {self.updates:,} updates: {losses}. Use another seed or device.")
+            raise NonFinite(
+                f"A loss is not finite after {self.updates:,} updates: {losses}. "
+                "Run again to go on from the last checkpoint, or train with another seed in another folder."
+            )
         return losses
 
     def save(self, file: Path) -> None:
@@ -248,6 +251,7 @@ class FlowTraining:
 def train_flow(run: TrainingFolder, sizes: list[str], recipe: FlowRecipe, device: torch.device, workers: int = 0) -> None:
     """Train transformer and text encoders of all sizes until the end of the recipe."""
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         # The backward pass of cuDNN's attention reads out of bounds at 90 tokens (torch 2.11 on an H100).
         torch.backends.cuda.enable_cudnn_sdp(False)
     training = FlowTraining(sizes, recipe, device)
