@@ -40,7 +40,7 @@ from difflex.miniature.judge import Judge
 from difflex.miniature.learner import FlowLearner, FlowOptimiser
 from difflex.miniature.scoring import THRESHOLDS, examine, shortfalls
 from difflex.miniature.training import CaptionChunks, ChunkPlan, FlowTraining, TrainingFolder, train_flow
-from difflex.miniature.world import SHAPES, SceneMix
+from difflex.miniature.world import HELD_OUT_SEEDS, SHAPES, SceneMix
 from difflex.tensors import read_tensors
 
 # FLUX's query and key norms hold float32 weights, under autocast as in any mixed-precision training.
@@ -203,6 +203,12 @@ def test_scenes_do_not_depend_on_how_many_updates_are_drawn_together():
     first, second = (torch.cat([plan.seeds(SHORT) for plan in each]) for each in plans.values())
     assert torch.equal(first, second) and len(first.unique()) == 12 * 4
     assert [plan.updates for plan in plans[8]] == [8, 4]
+
+
+@pytest.mark.parametrize("seed", [-1, 300, 10**12])
+def test_no_seed_of_a_training_draws_scenes_that_are_held_out(seed):
+    seeds = ChunkPlan(5, 8, True).seeds(FlowRecipe(seed=seed))
+    assert seeds.min() >= 0 and seeds.max() < HELD_OUT_SEEDS
 
 
 def test_a_tenth_of_the_captions_is_empty():

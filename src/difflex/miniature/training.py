@@ -28,7 +28,7 @@ from difflex.miniature.drawing import draw
 from difflex.miniature.flow import SIZES, CaptionIds, CaptionTokens, FlowBatch, FlowRecipe, SceneLatents, draw_latents
 from difflex.miniature.judge import Judge, save_judge, training_losses
 from difflex.miniature.learner import FlowLearner
-from difflex.miniature.world import SceneMix, scenes
+from difflex.miniature.world import HELD_OUT_SEEDS, SceneMix, scenes
 from difflex.tensors import read_tensors, write_tensors
 
 FORMAT = 2
@@ -110,9 +110,9 @@ class ChunkPlan(NamedTuple):
     """Whether its scenes have more pairs and higher noise levels."""
 
     def seeds(self, recipe: FlowRecipe) -> Tensor:
-        """Return the seeds of its scenes: each seed belongs to one update alone."""
-        first = (recipe.seed * 10_000_000 + self.first) * recipe.batch
-        return torch.arange(first, first + self.updates * recipe.batch)
+        """Return the seeds of its scenes: each seed belongs to one update alone, and none is held out."""
+        first = (recipe.seed * 10_000_000 + self.first) * recipe.batch % HELD_OUT_SEEDS
+        return torch.arange(first, first + self.updates * recipe.batch) % HELD_OUT_SEEDS
 
     def mix(self, recipe: FlowRecipe) -> SceneMix:
         """Return the mix of its scenes."""
@@ -196,7 +196,7 @@ class FlowTraining:
 
     def _load(self, parts: tuple[Tensor, ...], layout: bool) -> None:
         """Write the scenes of an update to where the learners read them, with new noise."""
-        self._generator.manual_seed(self._recipe.seed * 1_000_003 + self.updates)
+        self._generator.manual_seed((self._recipe.seed * 1_000_003 + self.updates) % 2**63)
         mean, spread = self._recipe.levels[layout]
         levels, noise = (torch.randn(x.shape, generator=self._generator, device=self._generator.device) for x in self.batch[-2:])
         for target, x in zip(self.batch, (*parts, torch.sigmoid(levels * spread + mean), noise), strict=True):
