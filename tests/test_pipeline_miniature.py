@@ -1,13 +1,18 @@
-"""The guarantees of every pipeline, tested with the embedded model."""
+"""The guarantees of every pipeline, tested with an embedded model; and what every embedded model must be."""
 
+import json
 from contextlib import ExitStack
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 import difflex
+from difflex.miniature.judge import load_judge
+from difflex.miniature.scoring import score
 from difflex.pipeline import Pipeline
+from difflex.pipeline.sources import embedded
 from difflex.records import Site
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -60,3 +65,23 @@ def test_batches_of_one_and_eight_give_the_same_activations(mini: Pipeline):
     assert single.keys() == batched.keys() and len(single) == 24
     for key in single:
         torch.testing.assert_close(single[key], batched[key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", embedded())
+def test_an_embedded_model_is_a_folder_in_bf16_with_a_card_and_no_path_of_a_machine(name: str):
+    folder = embedded()[name]
+    defaults = json.loads((folder / "difflex.json").read_text(encoding="utf-8"))
+    assert defaults["name"] == name and defaults["description"].endswith(".")
+    assert f"\n# {name}\n" in (folder / "README.md").read_text(encoding="utf-8")
+    assert not [path for path in folder.rglob("*.json") if "_name_or_path" in path.read_text(encoding="utf-8")]
+    with safe_open(folder / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as weights:
+        assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"BF16"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", embedded())
+def test_an_embedded_model_draws_what_its_captions_say(name: str):
+    captions = [f"a large {colour} star in the center on grass" for colour in ("red", "blue", "yellow")]
+    images = difflex.load(name).generate(captions, steps=4)
+    pixels = torch.stack([torch.tensor(list(each.image.tobytes())).view(64, 64, 3).movedim(2, 0) / 255 for each in images])
+    correct = [verdict.correct for verdict in score(captions, pixels, load_judge())]
+    assert all(each["colour"] and each["background"] for each in correct)
