@@ -272,6 +272,16 @@ def test_images_are_planned_with_the_settings_of_the_study_unless_flags_say_othe
         )
     )
     assert longer > 3 * usual and as_usual == usual
+    train = TrainCommand(study=tmp_path, site=("double.2",), tokens=10**6, live=True)
+    half, same, large = (
+        estimate(each, command)
+        for each, command in (
+            (forecast, replace(train, steps=2)),
+            (replace(forecast, stores=stores), replace(train, steps=2)),
+            (forecast, replace(train, steps=2, pixels=(256, 256))),
+        )
+    )
+    assert same.seconds == half.seconds and large.memory and half.memory and large.memory.host > half.memory.host
 
 
 def test_more_strengths_methods_and_dictionaries_take_more(tmp_path: Path):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from difflex.choices import Precision
 from difflex.commands.flags import LEFT_FREE, StudyModelCommand
 from difflex.commands.forecast import CostEstimate, DictionaryForecast, Forecast, Machine, harvesting
-from difflex.commands.training import TrainCommand
+from difflex.commands.training import HARVEST_BATCH, TrainCommand
 from difflex.dictionaries.itda import GRAM_SHARE
 from difflex.dictionaries.pursuit import choose_backend
 from difflex.pipeline import ModelProfile
@@ -160,13 +160,14 @@ def live_training(
 
     several, some = [*widths.values()], len(command.site)
     store = forecast.store(command.study, next(iter(widths)))
-    model = forecast.profile(store.shot, *widths)
+    model = forecast.studied(command.study, command, *widths)
     held = model_memory(forecast, command.study, model, command)
     cost = sweep_cost(config, several[:some], also=several[some:], device=forecast.machine.device)
-    taken = held.device + pass_bytes(model, held, command.harvest_batch)
+    taken = held.device + pass_bytes(model, held, command.harvest_batch or HARVEST_BATCH)
     used, groups = _group(cost, (forecast.machine.gpu or forecast.machine.memory) - taken)
     tokens = round(0.9 * store.rows) if command.tokens is None else command.tokens
-    runs, steps = -(-tokens // (store.tokens * store.shot.steps)), store.shot.steps
+    steps = model.shot.steps
+    runs = -(-tokens // (steps * min(count for count, _ in model.shapes.values())))
     exact, memory = config.checkpoint_kind == "exact", forecast.memory(taken + used, held.host + cost.host)
     kept, temporary = cost.dictionaries + (cost.checkpoints if exact else 0), 0 if exact else cost.checkpoints // groups
     return TrainingForecast(

@@ -23,6 +23,8 @@ __all__ = ["ItdaCommand", "NeuronsCommand", "TrainCommand"]
 PRESET = "(default: the preset's)"
 ALL_TOKENS = "(default: all training tokens, once)"
 MOVE_AWAY = "Move the dictionary away (it is not deleted), then give the same command again."
+HARVEST_BATCH = 16
+"""Images that the model of a live training makes at a time."""
 PRINT_EVERY = 10.0
 """Seconds between two lines about the progress."""
 
@@ -68,7 +70,7 @@ class TrainCommand(StudyImagesCommand):
     """With --live: other prompts than those of the study."""
     prompts_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: prompt, caption or text)")] = None
     """The column of --prompts."""
-    harvest_batch: Annotated[int, BATCH] = 16
+    harvest_batch: Annotated[int | None, BATCH, arg(help_behavior_hint=f"(default: {HARVEST_BATCH})")] = None
     """With --live: images that the model makes at a time."""
     window: Annotated[int | None, number(1, 100_000_000), arg(help_behavior_hint="(default: 65536, or what fits)")] = None
     """With --live: rows that are shuffled together at each site; twice as many are in memory, in bf16."""
@@ -109,8 +111,8 @@ class TrainCommand(StudyImagesCommand):
 
     def _flags_of_live(self) -> dict[str, object]:
         """Return the flags that change a live training alone, with their values."""
-        names = ("precision", "offload", "no_offload", "pixels", "steps", "guidance", "prompts", "prompts_column", "window")
-        return {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
+        run = ("precision", "offload", "no_offload", "pixels", "steps", "guidance", "prompts", "prompts_column")
+        return {f"--{name.replace('_', '-')}": getattr(self, name) for name in (*run, "harvest_batch", "window")}
 
     def _least_memory(self, config: "SweepConfig") -> int:
         """Return the bytes of a GPU that the largest SAE takes, at the widest site of the study."""
@@ -153,7 +155,7 @@ class TrainCommand(StudyImagesCommand):
         also = pipe.expand(self.also)
         sites = [*pipe.expand(self.site), *also]
         harvest = partial(pipe.harvest, progress=False)
-        with LiveSites(shots, sites, harvest, batch=self.harvest_batch) as activations:
+        with LiveSites(shots, sites, harvest, batch=self.harvest_batch or HARVEST_BATCH) as activations:
             return train_live(study, activations, config, f"prompts {source}, steps {steps}", on_trained=_print_sae, also=also)
 
 
