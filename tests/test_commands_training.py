@@ -122,6 +122,7 @@ def test_a_size_that_fits_no_memory_is_refused(study: Path):
         TrainCommand(study=study, site=("double.1:update",), size=(10**9,))()
     with pytest.raises(OutOfMemory, match=r"up to 1,000,000,000 atoms .* GB of memory"):
         ItdaCommand(study=study, site=(str(SITE),), k=4, threshold=(0.2,), size=(10**9,))()
+    assert not (study / "dictionaries").exists()
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "matryoshka"])
@@ -348,6 +349,9 @@ def test_live_training_harvests_with_the_settings_of_the_study(harvested: Path, 
     assert not list(study.rglob("state.safetensors"))
     assert train(study, *LIVE, "--also", "single.0", "--k", "3,4", "--weights", "bf16") == 0
     assert capsys.readouterr().out == output and snapshot(study) == before
+    with pytest.warns(UserWarning, match="topk-64-k3 is finished, with weights in bf16: --weights fp32 changes nothing"):
+        assert train(study, *LIVE, "--k", "3") == 0
+    assert snapshot(study) == before
     assert train(study, "--live", "--window", "1024") == 2
     assert "other data: window 512, not window 1024." in capsys.readouterr().err
 
@@ -366,6 +370,7 @@ def test_live_and_stored_training_find_dictionaries_alike(study: Path, tmp_path:
     ("flags", "words"),
     [
         (["--window", "512"], "--window needs --live"),
+        (["--harvest-batch", "8"], "--harvest-batch needs --live"),
         (["--pixels", "16", "--steps", "3"], "--pixels, --steps needs --live"),
         (["--guidance", "0"], "--guidance needs --live"),
         (["--live", "--prompts", "nowhere.txt"], "nowhere.txt"),

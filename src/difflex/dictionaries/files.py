@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from difflex.dictionary_config import ADVICE, CONFIG, FORMAT, TENSORS, DictionaryConfig, check_pair, read_config
@@ -15,7 +16,7 @@ from difflex.errors import BrokenFile, NonFinite, UnknownName
 from difflex.files import Json, stored_checksum, write_json
 from difflex.tensors import read_tensors, write_tensors
 
-__all__ = ["ADVICE", "WeightsDtype", "parse_choice", "read_files", "write_files"]
+__all__ = ["ADVICE", "WeightsDtype", "parse_choice", "read_files", "stored_weights", "write_files"]
 
 Choice = TypeVar("Choice")
 WeightsDtype = Literal["fp32", "bf16"]
@@ -46,6 +47,12 @@ def read_files(folder: Path, device: str = "cpu") -> tuple[DictionaryConfig, dic
     tensors = read_tensors(folder / TENSORS, FORMAT, ADVICE, device=device).tensors
     _check_tensors(folder / TENSORS, tensors)
     return config, {name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in tensors.items()}
+
+
+def stored_weights(folder: Path) -> WeightsDtype:
+    """Return how the encoder and decoder of the SAE in `folder` are stored."""
+    with safe_open(folder / TENSORS, "pt") as file:
+        return "bf16" if file.get_slice("decoder").get_dtype() == "BF16" else "fp32"
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

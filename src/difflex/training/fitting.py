@@ -110,7 +110,7 @@ class FitMember:
         return scheme_of(self.origin.site, self.learner.config)
 
     def dictionary(self, data: str, dtype: WeightsDtype) -> SAE:
-        """Return the SAE with the features of all ranks, rounded to how it is stored."""
+        """Return the SAE with the features of all ranks, rounded to how it is stored, on the CPU."""
         learner, config, weights = self.learner, self.learner.config, trained_weights(self.learner)
         for matrix in (weights.encoder, weights.decoder) if dtype == "bf16" else ():
             matrix.copy_(matrix.bfloat16())
@@ -126,8 +126,8 @@ class FitMember:
             kind=config.kind,
             k=config.k,
             origin=replace(self.origin, training={**self.origin.training, **record}),
-            normalisation=self.normalisation,
-            weights=weights,
+            normalisation=self.normalisation.to("cpu"),
+            weights=SAEWeights.from_tensors({name: tensor.cpu() for name, tensor in weights.tensors().items()}),
             relu=config.relu,
         )
 
@@ -216,7 +216,7 @@ class FitRun:
     def finish(self) -> Iterator[tuple[Path, SAE]]:
         """Save the last checkpoints and the dictionaries, and yield these; what has not changed is not written.
 
-        A member ends here, so that its memory is that of the dictionaries.
+        A member ends here, and its dictionary is on the CPU: neither takes memory of a GPU from what is trained next.
         """
         for member in self._finite_members():
             self._members.remove(member)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from difflex.devices import find_device, free_memory
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin
+from difflex.dictionaries.files import stored_weights
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, BrokenFile, OutOfMemory
 from difflex.files import disk_errors, folder_lock
@@ -49,8 +50,7 @@ def fit(
         return ({origin.site: rows} for rows in require_split(batches(start), "train"))
 
     tasks = {folder: FitTask(origin, training) for folder, training in trainings.items()}
-    # What is finished does not take memory from what is not.
-    finished = {folder: _on(sae, "cpu") for folder, sae in fit_tasks(tasks, stream, config=config, device=device)}
+    finished = dict(fit_tasks(tasks, stream, config=config, device=device))
     return {folder: _on(finished[folder], device) for folder in trainings}
 
 
@@ -63,7 +63,7 @@ def fit_tasks(
     replay: bool = False,
     prepare: Callable[[], int] | None = None,
 ) -> Iterator[tuple[Path, SAE]]:
-    """Train the SAEs of several sites, as `fit` does, and yield each when it is finished.
+    """Train the SAEs of several sites, as `fit` does, and yield each on the CPU when it is finished.
 
     `replay`: batches are costly to read again, and those of the statistics are kept in memory until they are trained on.
     `prepare` is called if there is something to train; it returns the bytes of the device that are not for the training.
@@ -71,7 +71,7 @@ def fit_tasks(
     unfinished = {}
     for folder, task in tasks.items():
         if (sae := load_finished(folder, task.training, config)) is not None:
-            yield folder, _on(sae, device)
+            yield folder, sae
         else:
             unfinished[folder] = task
     if not unfinished:
@@ -126,6 +126,12 @@ def load_finished(folder: Path, training: TrainingConfig, config: FitConfig) -> 
         with disk_errors(state):
             state.unlink(missing_ok=True)
     check_state(state)
+    if (stored := stored_weights(folder)) != config.weights:
+        warnings.warn(
+            f"{folder} is finished, with weights in {stored}: --weights {config.weights} changes nothing. Move it away to train "
+            "it again.",
+            stacklevel=4,
+        )
     return sae
 
 
@@ -211,6 +217,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _free(device: torch.device) -> None:
     """Give unused memory back to the device."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
