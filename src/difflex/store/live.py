@@ -119,7 +119,8 @@ class LiveSites(AbstractContextManager["LiveSites"]):
     def fill_memory(self) -> int:
         """Harvest two batches of the largest size, drop them, and return the bytes of a GPU that torch keeps for the next ones.
 
-        They count as free, but whoever takes them takes them from the harvest. A GPU computes a batch before one is used.
+        `free_memory` counts these bytes as free, but the harvest needs them. Two batches, because a GPU computes the next one
+        before the last is used.
         """
         numbers = list(islice(self._numbers("train"), 2 * self._batch * self._shots_per_run()))
         if self._cuda is not None:

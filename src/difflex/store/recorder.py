@@ -138,8 +138,8 @@ class SiteRecorder:
             if not matches(path, self.head.basis):
                 path.unlink()  # without the manifest, it would be taken for that of the rows
                 raise StaleWork(
-                    f"{path}, in whose units the rows of {self.folder} are stored, is lost: it cannot be made again from the "
-                    "prompts of now on this machine. Move the folder away and harvest again.",
+                    f"{path}, in whose units the rows of {self.folder} are stored, is lost: this harvest gives another one: "
+                    "the prompts, the model or the machine differ. Move the folder away and harvest again.",
                     self.folder,
                 )
 

@@ -280,8 +280,8 @@ def _join(parts: list[Tensor]) -> Tensor:
 class DeadBound:
     """An upper bound of the number of dead features, known on the host without waiting for the device.
 
-    A feature that is dead within some tokens has been silent for long already, so the count of these is a bound until then. The
-    next one is copied to the host while the last still holds.
+    Features that die within the next tokens have been silent for long already. Counted together with the dead ones, they bound
+    the number of dead features until then. The next count is copied to the host while the last one still holds.
     """
 
     def __init__(self, auxk: AuxKLoss | None, silence: Int[Tensor, " size"]) -> None:
