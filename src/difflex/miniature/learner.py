@@ -105,7 +105,7 @@ class FlowLearner:
     def __init__(self, name: str, recipe: FlowRecipe, batch: FlowBatch) -> None:
         self.name, self._recipe, self._batch = name, recipe, batch
         self._device = batch.latents.device
-        self.model = FlowModel(untrained_pipeline(SIZES[name].config, recipe.seed)).to(self._device).train()
+        self.model = self._build()
         self._parameters: list[Tensor] = list(self.model.parameters())
         self.optimiser = FlowOptimiser(self.model, SIZES[name])
         self.average = [x.detach().clone() for x in self._parameters]
@@ -116,12 +116,17 @@ class FlowLearner:
         self._teacher: GuidanceTeacher | None = None
         self._update: Callable[[], None] | None = None
 
+    def _build(self) -> FlowModel:
+        model = FlowModel(untrained_pipeline(SIZES[self.name].config, self._recipe.seed)).to(self._device)
+        model.t5.tie_weights()  # a device with another kind of tensors parts them
+        return model.train()
+
     def begin_guidance(self, empty: CaptionIds) -> None:
         """Fold guidance in from now on. A training that is restored goes on with its base."""
         if not self.base:
             self.base = [x.clone() for x in self.average]
             self._write(self.model, self.base)
-        model = FlowModel(untrained_pipeline(SIZES[self.name].config, 0)).to(self._device)
+        model = self._build()
         self._write(model, self.base)
         self._teacher, self._update = GuidanceTeacher(model, empty), None
 
