@@ -20,6 +20,7 @@ from difflex.evaluation.concepts.detection import (
     absorbing_features,
     average_precision,
     combine_features,
+    dense_average_precision,
     detection_scores,
     split_features,
     unrelated_concepts,
@@ -124,6 +125,18 @@ def test_given_thresholds_are_used():
     assert (float(scores.iou), float(scores.precision), float(scores.recall)) == (pytest.approx(1 / 3), 1.0, pytest.approx(1 / 3))
     assert float(detection_scores(firings(dense), truth, torch.tensor([[9.0]])).iou) == 0.0
     assert float(detection_scores(firings(dense), truth).iou) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_dense_rankings_have_the_average_precision_of_their_firings(levels: int):
+    generator = torch.Generator().manual_seed(levels)
+    dense = (torch.rand(6, 500, generator=generator) * levels).round() * (torch.rand(6, 500, generator=generator) < 0.4)
+    truth = torch.randint(-1, 2, (500,), generator=generator).to(torch.int8)
+    labelled, scores = truth >= 0, detection_scores(FeatureFirings.from_dense(dense), truth[None])
+    for row, ap in zip(dense[:, labelled], scores.ap[:, 0], strict=True):
+        own = dense_average_precision(row, truth[labelled] == 1)
+        assert own == pytest.approx(float(ap), abs=1e-6)
+        assert own == pytest.approx(average_precision_score(truth[labelled] == 1, row), abs=1e-6)
 
 
 def test_image_weights_count_as_copies():

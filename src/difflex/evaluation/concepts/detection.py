@@ -228,6 +228,16 @@ def average_precision(
     return (retrieved + (total - last) * total / labelled) / total
 
 
+def dense_average_precision(strengths: Float[Tensor, " token"], positive: Bool[Tensor, " token"]) -> Float[Tensor, ""]:
+    """Return the average precision of a ranking from its strengths at all labelled tokens; equal ones are tied."""
+    own, firing = strengths[positive].sort().values, strengths[strengths > 0]
+    # For each token how many of `own` are not stronger; all silent tokens are alike.
+    counts = torch.bincount(torch.searchsorted(own, firing, right=True), minlength=len(own) + 1)
+    counts[int((own == 0).sum())] += len(strengths) - len(firing)
+    hits, fired = len(own) - torch.searchsorted(own, own), len(strengths) - counts.cumsum(0)[:-1]
+    return (hits / fired).sum() / max(1, len(own))
+
+
 def above_chance(ap: Tensor, chance: Tensor) -> Tensor:
     """Rescale average precision to 0 for a random ranking and 1 for a perfect one: comparable for rare and common concepts."""
     return (ap - chance) / (1 - chance).clamp_min(1e-6)
@@ -308,11 +318,12 @@ def combine_features(
     where any of the features fires. Nothing is trained, so few tokens suffice.
     """
     candidates = ap.argsort(descending=True)[:CANDIDATES]
-    strengths = relative_strengths(firings, candidates, firings.peaks)
+    strengths = relative_strengths(firings, candidates, firings.peaks)[:, truth >= 0]
+    positive = truth[truth >= 0] == 1
     chosen, current, best_ap = [0], strengths[0], float(ap[candidates[0]])
     while len(chosen) < max_features:
         joined = torch.maximum(strengths, current)
-        trial_ap = detection_scores(FeatureFirings.from_dense(joined), truth[None]).ap[:, 0]
+        trial_ap = torch.stack([dense_average_precision(row, positive) for row in joined])
         best = int(trial_ap.argmax())
         if float(trial_ap[best]) < best_ap + 0.005:
             break

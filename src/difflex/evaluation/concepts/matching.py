@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple, final
 
@@ -201,7 +202,8 @@ def _sides(labels: TokenLabels) -> tuple[Bool[Tensor, " token"], Bool[Tensor, " 
     return ~labels.held_out, labels.held_out
 
 
-class _SplitSide(NamedTuple):
+@dataclass(frozen=True)
+class _SplitSide:
     """The tokens of one side of the split."""
 
     mask: Bool[Tensor, " total"]
@@ -209,7 +211,7 @@ class _SplitSide(NamedTuple):
     truth: Int8[Tensor, "concept token"]
     images: Int[Tensor, " token"]
 
-    @property
+    @cached_property
     def chance(self) -> Float[Tensor, " concept"]:
         """Share of the labelled tokens that show each concept: the average precision of a random ranking."""
         return (self.truth == 1).sum(1) / (self.truth >= 0).sum(1).clamp_min(1)
