@@ -17,7 +17,7 @@ from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import Anatomy
-from difflex.recipes import RECIPES, Recipe, recipe
+from difflex.recipes import RECIPES, Recipe, mini, mini_full, recipe
 from difflex.records import Site
 from difflex.study import Command, Study, command_statuses, run_study
 from difflex.testing import tiny_folder
@@ -274,14 +274,25 @@ def test_options_of_a_recipe_are_its_arguments_and_are_kept_for_the_next_run(
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_takes_every_option(name: str, tmp_path: Path):
-    options = {"model": "other", "precision": "nf4", "prompts": "mine.txt", "pixels": (32, 64), "tokens": 5000}
+    options = {"model": "mini-flux-small", "precision": "nf4", "prompts": "mine.txt", "pixels": (32, 64), "tokens": 5000}
     study = RECIPES[name](tmp_path, **options)
-    assert study.model == "other"
+    assert study.model == "mini-flux-small"
     for command in study.commands:
         if isinstance(command, (AnatomyCommand, HarvestCommand)):
             assert all(getattr(command, key) == value for key, value in options.items() if key != "tokens")
         if isinstance(command, HarvestCommand):
             assert command.tokens is not None and command.tokens <= 5000
+
+
+def test_the_studies_of_the_drawn_world_take_the_blocks_that_their_model_has(tmp_path: Path):
+    sites = lambda study: [site for each in study.commands if isinstance(each, HarvestCommand) for site in each.site]  # noqa: E731
+    assert sites(mini(tmp_path, model="mini-flux-small")) == ["double.1"] != sites(mini(tmp_path)) == ["double.2"]
+    full = mini_full(tmp_path, model="mini-flux-small")
+    assert sites(full) == ["double.0", "double.1", "single.0", "single.1", "double.1:neurons", "double.1"]
+    explained = next(each for each in full.commands if isinstance(each, ExplainCommand))
+    assert explained.dictionary[-1] == "double.1:neurons/neurons-512-k32"
+    with pytest.raises(BadInput, match=r"of a FLUX, but the blocks of '.*sdxl' are: down"):
+        mini(tmp_path, model=str(tiny_folder("sdxl", tmp_path / "sdxl")))
 
 
 def test_a_recipe_is_found_in_a_file(tmp_path: Path):

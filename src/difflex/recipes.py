@@ -9,8 +9,9 @@ import runpy
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Annotated, Any, NamedTuple, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -61,7 +62,7 @@ def mini(
     tokens: int = 200_000,
 ) -> Study:
     """Return the demo: one site of mini-flux, or of another model of the drawn world, in minutes."""
-    site = "double.2"
+    site = _blocks(model).double[-1]
     loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
     return Study(
         folder=folder,
@@ -96,15 +97,17 @@ def mini_full(
     `folder/untrained` is the study of the same model with a denoiser that was never trained: the control that arXiv 2505.24360
     leaves to the future.
     """
-    middle, sites = "double.2", ("double.0", "double.1", "double.2", "single.0", "single.1", "single.3")
+    blocks = _blocks(model)
+    middle, sites = blocks.double[-1], (*blocks.double, *blocks.single)
     sizes, ks = (512, 2048, 4096), (8, 16, 32)
     elsewhere = tuple(site for site in sites if site != middle)
     loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
     harvest = HarvestCommand(**loading, site=sites, tokens=tokens, steps=4)
     train = TrainCommand(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2 * tokens)
     itda = ItdaCommand(study=folder, site=(middle,), k=16, size=(2048,), tokens=max(1, tokens // 10))
-    compared = (f"{middle}/topk-2048-k32", f"{middle}/itda-2048-k32-first{itda.tokens}", f"{middle}:neurons/neurons-768-k32")
-    together = ",".join(f"{site}/topk-2048-k16" for site in ("double.2", "single.0", "single.1"))
+    neurons = f"{middle}:neurons/neurons-{blocks.neurons}-k32"
+    compared = (f"{middle}/topk-2048-k32", f"{middle}/itda-2048-k32-first{itda.tokens}", neurons)
+    together = ",".join(f"{site}/topk-2048-k16" for site in (middle, *blocks.single[:2]))
     explain = ExplainCommand(studies=(folder, folder / "untrained"), dictionary=compared, random_features=2048)
     return Study(
         folder=folder,
@@ -128,12 +131,35 @@ def mini_full(
             replace(explain, protocol="heldout"),
             replace(explain, protocol="paper"),
             SteerEvalCommand(study=folder, dictionary=compared[:2], trials=12),
-            SteerEvalCommand(study=folder, dictionary=("single.0/topk-2048-k16",), groups=("background",), trials=12),
+            SteerEvalCommand(study=folder, dictionary=(f"{blocks.single[0]}/topk-2048-k16",), groups=("background",), trials=12),
             RemovalCommand(study=folder, dictionary=(together,)),
             FindingsCommand(study=folder, site=middle),
             ReportCommand(study=folder),
         ),
     )
+
+
+class _Blocks(NamedTuple):
+    """The blocks of a FLUX that are compared: of each kind the first, the last and one between."""
+
+    double: tuple[str, ...]
+    single: tuple[str, ...]
+    neurons: int
+    """Of a double block."""
+
+
+@cache
+def _blocks(model: str) -> _Blocks:
+    """Return the blocks of `model` to compare, by its configs."""
+    from difflex.pipeline.profile import config_site_rows  # imports torch
+
+    rows = [row for row in config_site_rows(model) if row.site.stream == "image"]
+    double, single = ([row.site.path for row in rows if row.site.path.startswith(kind)] for kind in ("double.", "single."))
+    if not double or not single:
+        blocks = ", ".join(row.site.path for row in rows) or "none that difflex knows"
+        raise BadInput(f"The recipe compares double and single blocks of a FLUX, but the blocks of '{model}' are: {blocks}.")
+    doubles = dict.fromkeys((double[0], double[len(double) // 2], double[-1]))
+    return _Blocks(tuple(doubles), tuple(dict.fromkeys((*single[:2], single[-1]))), rows[0].neurons or 0)
 
 
 def _neurons(harvest: HarvestCommand, site: str, ks: tuple[int, ...], tokens: int) -> tuple[Command, ...]:
@@ -212,7 +238,8 @@ def _flux(folder: Path, loading: Mapping[str, Any], tokens: int, vlm: str) -> St
         model=loading["model"],
         commands=(
             AnatomyCommand(**{**loading, "steps": max(loading["steps"], 4)}, max_prompts=min(64, max(4, tokens // 256))),
-            *_neurons(few, middle, (k,), tokens=max(min(stored, 1024), stored // 8)),  # before the harvest whose steps training repeats
+            # Before the harvest whose steps training repeats.
+            *_neurons(few, middle, (k,), tokens=max(min(stored, 1024), stored // 8)),
             harvest,
             replace(train, also=elsewhere, live=True, harvest_batch=32),
             *(replace(bare, normalisation=normalisation) for normalisation in ("none", "standardise", "whiten")),
