@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from sample_study import CONCEPTS, new_study, write_anatomy, write_evaluation, write_matches
 
+from difflex.evaluation.concepts import Concept
 from difflex.report import read_facts, write_report
 from difflex.report.figures import MissingFigure, ReportFigure
 from difflex.report.figures.roles import BlockRoles, roles
@@ -81,6 +82,9 @@ def test_what_the_figure_lacks_is_named_with_the_command_that_measures_it(tmp_pa
     assert blocks.command.startswith("difflex harvest MODEL --prompts FILE --out STUDY --site SITE..., then difflex train STUDY")
     (single,) = missing(studied(tmp_path / "other", "double.0", levels=(0.9,)))
     assert single.command == "difflex concepts STUDY --noise 0.25,0.5,0.75,0.9 --images 9"
+    write_matches(study, "double.0/topk-512-k8", APS, levels=(0.3, 0.7), rare=[Concept("grass", "background")])
+    (rare,) = [gap for gap in missing(study) if "too few" in gap.name]
+    assert rare.name == "Concepts that too few images show (grass)" and rare.command.endswith("--noise 0.3,0.7 --images 18")
 
 
 def test_its_drawings_are_files_of_their_own(tmp_path: Path):

@@ -216,6 +216,10 @@ def _missing(facts: StudyFacts, own: BlockRoles) -> list[MissingFigure]:
         names = [str(site) for block in lacking for site in dict.fromkeys(sites[block])]
         name = f"Known concepts at {_listed(lacking)} at the noise levels {', '.join(reversed(own.levels))}"
         gaps.append(MissingFigure(name, _concepts_command(own, names)))
+    rare = {concept.name: None for match in own.blocks.values() for concept in match.matches.rare_concepts}
+    if rare:
+        name = f"Concepts that too few images show ({_listed([*rare])})"
+        gaps.append(MissingFigure(name, _concepts_command(own, (), images=2)))
     known = facts.anatomy.norms if facts.anatomy else ()
     without = [block for block in _blocks_of(site for site in known if site.stream == "image") if block not in sites]
     if without:
@@ -234,8 +238,8 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= LISTED else f"{', '.join(names[: LISTED - 1])} and {len(names) - LISTED + 1} more"
 
 
-def _concepts_command(own: BlockRoles, sites: Sequence[str]) -> str:
-    """Return the command that measures `sites` on the images of this study at all of its noise levels."""
+def _concepts_command(own: BlockRoles, sites: Sequence[str], images: int = 1) -> str:
+    """Return the command that measures `sites` at all noise levels of this study, on so many times its images."""
     inputs = [match.matches.inputs for match in own.blocks.values() if match.matches.inputs is not None]
     levels = {noise for own in inputs for noise in own.config.noise}
     levels |= {*USUAL_LEVELS} if len(levels) < 2 else set()
@@ -243,9 +247,9 @@ def _concepts_command(own: BlockRoles, sites: Sequence[str]) -> str:
     words.append(f"--noise {','.join(f'{noise:g}' for noise in sorted(levels))}")
     if inputs:
         usual, _ = Counter(own.settings for own in inputs).most_common(1)[0]
-        images, config = usual
-        words += ["--folder FOLDER"] if images.startswith("folder ") else []
-        words += [f"--images {config.images}"] if config.images != ConceptsConfig().images else []
+        source, config = usual
+        words += ["--folder FOLDER"] if source.startswith("folder ") else []
+        words += [f"--images {images * config.images}"] if images * config.images != ConceptsConfig().images else []
         words += [f"--pixels {config.pixels[0]}x{config.pixels[1]}"] if config.pixels else []
         words += ["--empty-prompts"] if config.empty_prompts else []
     return " ".join(words)
