@@ -46,6 +46,8 @@ STORED = 400_000
 """Tokens of each site of a large model that are stored: for ITDA, normalisations and evaluation."""
 LATE = 0.5
 """The noise level of the last of mini-flux's four steps, at which most concepts are detected."""
+LEVELS = (LATE, 0.75, 0.9)
+"""The noise levels of the last three of them; the first begins at pure noise, where no image can be seen."""
 NOISY = 0.9
 """A noise level at which something of an image is left, for a model whose only step begins at pure noise."""
 EFFECT = 16
@@ -124,8 +126,8 @@ def mini_full(
             *_neurons(harvest, middle, ks, tokens=max(1, tokens // 5)),
             EvaluateCommand(study=folder, effect_shots=EFFECT),
             *_control(folder / "untrained", harvest, replace(train, k=(32,))),
-            ConceptsCommand(studies=(folder, folder / "untrained"), site=(middle,), noise=(LATE, 0.9)),
-            ConceptsCommand(studies=(folder,), site=elsewhere, noise=(LATE,)),
+            ConceptsCommand(studies=(folder, folder / "untrained"), site=(middle,), noise=LEVELS),
+            ConceptsCommand(studies=(folder,), site=elsewhere, noise=LEVELS),
             CollectCommand(study=folder, dictionary=compared, drawn_world=True, images=2000, noise=(LATE,)),
             CollectCommand(study=folder / "untrained", dictionary=compared[:1], drawn_world=True, images=2000, noise=(LATE,)),
             replace(explain, protocol="heldout"),
