@@ -75,7 +75,7 @@ class ReportCommand(Command):
         inside = self.study / CONTROL
         control = self.control or (inside if (inside / "study.json").is_file() else None)
         paths = write_report(study, control and Study.open(control), command_words)
-        print(f"{paths[0]}: the report, with {len(paths) - 1} CSV files in {paths[0].parent / 'report'}")
+        print(f"{paths[0]}: the report, with {len(paths) - 1} files in {paths[0].parent / 'report'}")
         return paths
 
 

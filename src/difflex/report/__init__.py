@@ -1,4 +1,4 @@
-"""The report of a study: one page that is complete in itself, and the numbers of every figure as CSV files."""
+"""The report of a study: one page that is complete in itself, the numbers of every figure as CSV files, and drawings as SVG."""
 
 from difflex.report.facts import StudyFacts
 from difflex.report.page import write_report
