@@ -457,7 +457,7 @@ def test_the_commands_train_export_and_describe_a_model(tmp_path, monkeypatch, c
         write_card(models / name, {"4 steps": {"all": {"count": 0.5}, "unseen combinations": {"shape and colour": 0.5}}})
     assert not torch.equal(*embeddings)
     folded, base = ((models / name / "README.md").read_text() for name in ("tiny", "tiny-base"))
-    assert "40 scenes drawn" in folded and "18 updates of 2 scenes" in folded and "in 2 more updates" in folded
+    assert "40 scenes drawn" in folded and "18 updates of 2 scenes" in " ".join(folded.split()) and "in 2 more updates" in folded
     assert "36 scenes drawn" in base and "unlike in `tiny`, which was trained further from these weights" in base
     assert "- 4 steps: count 50.0% is under 85%.\n" in folded
     command(monkeypatch, "examine", models / "tiny-base", "--captions", 6, "--steps", 1, "--guidance", 1.75)

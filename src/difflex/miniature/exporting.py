@@ -30,23 +30,25 @@ pipeline_tag: text-to-image
 # {name}
 
 A text-to-image model with the architecture of FLUX.1, small enough to be part of a Python package: a diffusers `FluxPipeline`
-with a `FluxTransformer2DModel` of {double} double and {single} single blocks ({width} wide, {heads} heads), a CLIP and a T5 text
-encoder of two layers each ({text_width} wide), and an `AutoencoderKL`: {millions:.2f} M parameters without the autoencoder.
-{pixels} x {pixels} pixels are 8 x 8 image tokens. It was trained from scratch on the drawn world of `difflex.miniature`, whose
-concepts are known at every pixel, so that interpretability tools can be checked against the truth.
+with a `FluxTransformer2DModel` of {config.num_layers} double and {config.num_single_layers} single blocks ({width} wide,
+{config.num_attention_heads} heads), a CLIP and a T5 text encoder of two layers each ({config.joint_attention_dim} wide), and an
+`AutoencoderKL`: {millions:.2f} M parameters without the autoencoder. {pixels} x {pixels} pixels are 8 x 8 image tokens. It was
+trained from scratch on the drawn world of `difflex.miniature`, whose concepts are known at every pixel, so that interpretability
+tools can be checked against the truth.
 
 ## Training
-- {made_by}: {minutes:.1f} minutes on {machine}{siblings}.
-- Data: {scenes:,} scenes drawn on the fly, none twice: one object ({early[0]:.0%}), two different objects ({early[1]:.0%}), two
-  or three equal ones ({early[2]:.0%}); in the last {late:.0%} of the training before guidance {mix[0]:.0%}, {mix[1]:.0%} and
-  {mix[2]:.0%}. A fixed tenth of the (shape, colour, texture) combinations never appears. {dropped:.0%} of the captions are empty.
+- {record.made_by}: {minutes:.1f} minutes on {record.machine}{siblings}.
+- Data: {scenes:,} scenes drawn on the fly, none twice: one object ({recipe[mixes][0][0]:.0%}), two different objects
+  ({recipe[mixes][0][1]:.0%}), two or three equal ones ({recipe[mixes][0][2]:.0%}); in the last {late:.0%} of the training before
+  guidance {recipe[mixes][1][0]:.0%}, {recipe[mixes][1][1]:.0%} and {recipe[mixes][1][2]:.0%}. A fixed tenth of the (shape,
+  colour, texture) combinations never appears. {recipe[drop_caption]:.0%} of the captions are empty.
 - Loss: plain rectified flow in bfloat16. A token on an object weighs up to {weight:g} times as much as one on the background;
-  the extra weight falls to zero between noise levels {doubt[0]} and {doubt[1]}. Noise levels are the sigmoid of normal numbers of
-  mean {levels[0][0]} and spread {levels[0][1]}, in that last part {levels[1][0]} and {levels[1][1]}. There is no other loss: no
-  head reads concepts from the activations.
-- Optimisers: Muon for the matrices of the blocks (learning rate {muon:g}), AdamW for the rest ({adam:g}), level until
-  {decay:.0%} of the training before guidance, then along a cosine to 2%. {updates:,} updates of {batch} scenes. The weights are
-  a running average ({ema} an update).
+  the extra weight falls to zero between noise levels {recipe[doubt][0]} and {recipe[doubt][1]}. Noise levels are the sigmoid of
+  normal numbers of mean {recipe[levels][0][0]} and spread {recipe[levels][0][1]}, in that last part {recipe[levels][1][0]} and
+  {recipe[levels][1][1]}. There is no other loss: no head reads concepts from the activations.
+- Optimisers: Muon for the matrices of the blocks (learning rate {record.muon_rate:g}), AdamW for the rest
+  ({record.adam_rate:g}), level until {recipe[decay_from]:.0%} of the training before guidance, then along a cosine to 2%.
+  {record.updates:,} updates of {recipe[batch]} scenes. The weights are a running average ({recipe[averaging][0]} an update).
 - Guidance: {guidance}
 - Autoencoder: the encoder is the principal components of 4 x 4 patches, in closed form; the decoder was trained on its latents.
 {notes}
@@ -62,11 +64,11 @@ drawings. The last column counts unseen combinations of shape, colour and textur
 - It knows the words of `difflex.json` only; other words are spelled letter by letter and mean nothing to it.
 - One image size, at most three objects, one kind of scene; captions are cut after {length} tokens.
 """
-FOLDED = """of {scale:g}, folded into the weights in {updates:,} more updates: targets are moved by {share:g} times the change
-  that the caption makes in the velocity of the average weights from before; learning rates from {rate:.0%} to zero, running
-  average {ema}. Generate with `guidance_scale=0`."""
-PLAIN = """none is folded in, unlike in `{name}`, which was trained further from these weights. Guidance of {scale:g} takes a
-  second call in each step, with the empty caption (`true_cfg_scale={scale:g}`)."""
+FOLDED = """of {recipe[guidance]:g}, folded into the weights in {record.guided_updates:,} more updates: targets are moved by
+  {share:g} times the change that the caption makes in the velocity of the average weights from before; learning rates from
+  {recipe[guided_rate]:.0%} to zero, running average {recipe[averaging][1]}. Generate with `guidance_scale=0`."""
+PLAIN = """none is folded in, unlike in `{base}`, which was trained further from these weights. Guidance of
+  {recipe[guidance]:g} takes a second call in each step, with the empty caption (`true_cfg_scale={recipe[guidance]:g}`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,44 +200,23 @@ def generate_images(
 def write_card(model: Path, examinations: dict[str, Examination]) -> None:
     """Write the model card of a pipeline folder with a record; `examinations` are by title, the most important first."""
     record, pipeline = TrainingRecord.load(model), FluxPipeline.from_pretrained(model, dtype=torch.float32)
-    transformer, recipe, base = pipeline.transformer, record.recipe, model.name.removesuffix("-base")
-    guidance = (FOLDED if record.guided_updates else PLAIN).format(
-        name=base,
-        scale=recipe["guidance"],
-        share=recipe["guidance"] - 1,
-        updates=record.guided_updates,
-        rate=recipe["guided_rate"],
-        ema=recipe["averaging"][1],
-    )
+    recipe, base = record.recipe, model.name.removesuffix("-base")
+    guidance = FOLDED if record.guided_updates else PLAIN
     title, examination = next(iter(examinations.items()))
     card = CARD.format(
         name=model.name,
-        double=transformer.config.num_layers,
-        single=transformer.config.num_single_layers,
-        width=transformer.inner_dim,
-        heads=transformer.config.num_attention_heads,
-        text_width=transformer.config.joint_attention_dim,
+        config=pipeline.transformer.config,
+        width=pipeline.transformer.inner_dim,
         millions=sum(x.numel() for x in FlowModel(pipeline).parameters()) / 1e6,
         pixels=PIXELS,
-        made_by=record.made_by,
+        record=record,
+        recipe=recipe,
         minutes=record.seconds / 60,
-        machine=record.machine,
         siblings="".join(f", together with `{name}` on the same scenes" for name in record.sizes if name != base),
         scenes=(record.updates + record.guided_updates) * recipe["batch"],
-        early=recipe["mixes"][0],
-        mix=recipe["mixes"][1],
         late=1 - recipe["layout_from"],
-        dropped=recipe["drop_caption"],
         weight=1 + recipe["object_weight"],
-        doubt=recipe["doubt"],
-        levels=recipe["levels"],
-        muon=record.muon_rate,
-        adam=record.adam_rate,
-        decay=recipe["decay_from"],
-        updates=record.updates,
-        batch=recipe["batch"],
-        ema=recipe["averaging"][0],
-        guidance=guidance,
+        guidance=guidance.format(base=base, record=record, recipe=recipe, share=recipe["guidance"] - 1),
         notes="".join(f"- {note}\n" for note in record.notes),
         tables="\n\n".join(f"{name}:\n\n{as_markdown(rows)}" for name, rows in examinations.items()),
         missed="\n".join(f"- {title}: {line}." for line in shortfalls(examination)),
