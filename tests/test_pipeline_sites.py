@@ -42,7 +42,12 @@ def rows_of(pipe: Pipeline) -> list[SiteRow]:
 
 
 def all_sites(pipe: Pipeline) -> list[Site]:
-    return [Site(row.site.path, kind, row.site.stream) for row in rows_of(pipe) for kind in row.kinds]
+    return [
+        Site(row.site.path, kind, row.site.stream, smooth)
+        for row in rows_of(pipe)
+        for kind in row.kinds
+        for smooth in ((False, True) if row.site.stream == "image" else (False,))
+    ]
 
 
 def latents(pipe: Pipeline, guidance: float = 1.0) -> Tensor:
@@ -82,6 +87,27 @@ def test_the_table_of_sites_has_the_shapes_of_activations(pipe: Pipeline):
         for kind in row.kinds:
             width = row.neurons if kind == "neurons" else row.width
             assert shapes[Site(row.site.path, kind, row.site.stream)] == (2, row.tokens, width)
+
+
+def test_smooth_tokens_are_averaged_with_their_surroundings_and_a_change_of_them_is_added_to_the_tokens(flux: Pipeline):
+    shots = list(flux.shots(PROMPTS, steps=1, pixels=(16, 24)))
+    [plain, smooth] = flux.harvest(shots, ["double.1", "double.1:smooth"], progress=False)
+    assert smooth.site == Site("double.1", smooth=True) == Site.parse("double.1:smooth") and plain.grid is not None
+    rows, columns = plain.grid
+    image = plain.values.view(len(shots), rows, columns, -1)
+    for row in range(rows):
+        for column in range(columns):
+            around = image[:, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].flatten(1, 2).mean(1)
+            token = smooth.values[:, row * columns + column]
+            expected = image[:, row, column] / 4 + around / 2 + image.mean((1, 2)) / 4
+            torch.testing.assert_close(token, expected, rtol=1e-5, atol=1e-5)
+    change = torch.zeros_like(plain.values)
+    change[:, 3] = 1.0
+    with flux.at("double.1:smooth", lambda x, context: x + change):
+        [changed] = flux.harvest(shots, ["double.1"], progress=False)
+    torch.testing.assert_close(changed.values, plain.values + change, rtol=1e-5, atol=1e-5)
+    with pytest.raises(BadInput, match="text tokens have no neighbours"):
+        flux.site("double.1:text:smooth")
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

@@ -43,30 +43,35 @@ Half = Literal["conditional", "unconditional"]
 """The two predictions of a denoiser under classifier-free guidance."""
 KINDS: tuple[Kind, ...] = ("residual", "update", "neurons")
 STREAMS: tuple[Stream, ...] = ("image", "text")
+SMOOTH = "smooth"
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A place inside a model, written `PATH[:KIND][:STREAM]`: `double.18`, `single.9:update`, `double.3:text`."""
+    """A place inside a model, written `PATH[:KIND][:STREAM][:smooth]`: `double.18`, `single.9:update`, `double.3:text`."""
 
     path: str
     """A short name of the model's family (`double.18`) or a full module path."""
     kind: Kind = "residual"
     """`residual`: the block's output; `update`: output - input; `neurons`: inside the block's MLP, after its activation."""
     stream: Stream = "image"
+    smooth: bool = False
+    """Image tokens are averaged: a quarter of the token, half of the 3 x 3 tokens around it, a quarter of the whole image."""
 
     @classmethod
     def parse(cls, text: str) -> Site:
         """Parse a site from its notation."""
         path, *rest = text.split(":")
         kind, stream = max(KINDS, key=rest.count), max(STREAMS, key=rest.count)  # by default the first
-        if not path or len(set(rest)) < len(rest) or not set(rest) <= {kind, stream}:
-            raise BadInput(f"'{text}' is not a site. Write PATH[:KIND][:STREAM], KIND one of {KINDS}, STREAM one of {STREAMS}.")
-        return cls(path, kind, stream)
+        if not path or len(set(rest)) < len(rest) or not set(rest) <= {kind, stream, SMOOTH}:
+            raise BadInput(
+                f"'{text}' is not a site. Write PATH[:KIND][:STREAM][:{SMOOTH}], KIND one of {KINDS}, STREAM one of {STREAMS}."
+            )
+        return cls(path, kind, stream, SMOOTH in rest)
 
     def __str__(self) -> str:
         kind = "" if self.kind == "residual" else f":{self.kind}"
-        return self.path + kind + ("" if self.stream == "image" else f":{self.stream}")
+        return self.path + kind + ("" if self.stream == "image" else f":{self.stream}") + self.smooth * f":{SMOOTH}"
 
     @property
     def folder(self) -> str:

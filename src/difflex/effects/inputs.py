@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
 import torch
@@ -133,7 +133,7 @@ def neuron_baseline(editor: StudyEditor, place: DictionaryRef) -> NeuronBaseline
 
     The concepts are in a file of the neurons, or in one that `difflex concepts` wrote with those of the dictionary.
     """
-    study, site, k = editor.study, replace(place.site, kind="neurons"), editor.dictionary(place).k
+    study, site, k = editor.study, Site(place.site.path, "neurons", place.site.stream), editor.dictionary(place).k
     neurons = sorted((ref for ref in study.dictionaries() if ref.site == site), key=lambda ref: editor.dictionary(ref).k != k)
     for candidate in (*neurons, DictionaryRef(site, f"neurons-k{k}")) if neurons else ():
         matches = concept_matches(study, candidate)

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import translate
 from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from difflex.errors import BadInput, UnknownName
 from difflex.pipeline.calls import CallTracker, DenoiserCall
@@ -55,10 +57,12 @@ class SiteMap:
         """Return the module of `site`."""
         site = Site.parse(site) if isinstance(site, str) else site
         path = self._path(site.path)
-        site = Site(self._short_names.get(path, site.path), site.kind, site.stream)
+        site = replace(site, path=self._short_names.get(path, site.path))
         block = self.blocks[site.path][1] if site.path in self.blocks else None
         if block is not None and site.stream not in block.outputs:
             raise BadInput(f"The site '{site}' does not exist: {path} has no {site.stream} stream. Leave out ':{site.stream}'.")
+        if site.smooth and site.stream == "text":
+            raise BadInput(f"The site '{site}' does not exist: text tokens have no neighbours in the image. Leave out ':smooth'.")
         if site.kind == "neurons" and block is None:
             raise BadInput(
                 f"The site '{site}' does not exist: the neurons of {path} are not known. Use the module of their activation "
@@ -154,14 +158,26 @@ def apply_at_site(
     if target.site.kind == "update":
         block_input = _block_input(target, call, args, kwargs, whole)
         assert block_input.shape == tokens.shape
-    x = tokens if block_input is None else tokens - block_input
-    new = _apply_by_half(target.site, x, call, _grid(target, call, whole), function, half)
+    x, grid = tokens if block_input is None else tokens - block_input, _grid(target, call, whole)
+    if target.site.smooth:
+        x = _smoothed(x, grid, target)
+    new = _apply_by_half(target.site, x, call, grid, function, half)
     if new is None:
         return None
-    if block_input is not None:
+    if x is not tokens:
         # output + (new - old), and the exact bits of the output where nothing changes: x - y + y is not x in floating point.
         new = torch.where(new == x, tokens, tokens + (new - x))
     return _replace(output, index, whole, span, new)
+
+
+def _smoothed(x: Float[Tensor, "batch token width"], grid: tuple[int, int] | None, target: SiteModule) -> Tensor:
+    """Return tokens averaged with their surroundings, as `Site.smooth` says."""
+    if grid is None:
+        raise BadInput(f"The site '{target.site}' cannot be read: the tokens of {target.path} have no places in the image.")
+    image = x.unflatten(1, grid).movedim(-1, 1).float()
+    around = F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)  # fewer than 9 at the border
+    mean = image.mean((2, 3), keepdim=True)
+    return (image / 4 + around / 2 + mean / 4).movedim(1, -1).flatten(1, 2).to(x.dtype)
 
 
 def _stream_tensor(target: SiteModule, output: object) -> tuple[Tensor, int | None]:

@@ -81,8 +81,9 @@ class MatchFacts:
     @property
     def name(self) -> str:
         """The label; the kind of site unless it is the residual or the method's own; and whether the model is untrained."""
-        unusual = self.matches.site.kind not in ("residual", self.kind)
-        name = f"{self.matches.label} ({self.matches.site.kind})" if unusual else self.matches.label
+        site = self.matches.site
+        unusual = [site.kind] * (site.kind not in ("residual", self.kind)) + ["smooth"] * site.smooth
+        name = f"{self.matches.label} ({', '.join(unusual)})" if unusual else self.matches.label
         return f"{name}, untrained model" if self.untrained else name
 
     @property
