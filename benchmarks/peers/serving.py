@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ANSWERS, sys.stdout = sys.stdout, sys.stderr  # what libraries print, some of them when imported, must not mix with the answers
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
@@ -36,7 +36,7 @@ class Learner(Protocol):
         ...
 
     def encode(self, x: torch.Tensor) -> object:
-        """The codes of a batch."""
+        """The codes of a batch, in the form that the library has for them."""
         ...
 
     def decode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +86,7 @@ class Server:
         """Make the learner. With `cycle`, few batches are made beforehand and used in turn, so that only learning is timed."""
         self._device = torch.device(device)
         self._world = Stored(world["store"]) if "store" in world else PlantedDictionary(width=width, **world)
-        self._batch, self._shift, self._scale = batch, 0.0, 1.0
+        self._batch, self._k, self._shift, self._scale = batch, k, 0.0, 1.0
         if more.pop("standardise", False):
             first = torch.cat([x for _, x in zip(range(10), self._fresh(), strict=False)])
             self._shift, self._scale = first.mean(0), first.std(0)
@@ -134,6 +134,21 @@ class Server:
                 fired[features] = True
         recovery = {} if found is None else {"mean": found.mean, "rarest": found.rarest}
         return {**recovery, "fvu": lost / total, "silent": 1 - float(fired.float().mean())}
+
+    def codes(self, tokens: str, path: str) -> dict:
+        """Write the largest codes of each of the tokens of a file: `values` and `indices`."""
+        parts = []
+        with torch.no_grad():
+            for x in load_file(tokens)["x"].split(8192):
+                codes = self._learner.encode((x - self._shift) / self._scale)
+                if not isinstance(
+                    codes, torch.Tensor
+                ):  # the largest ones and their features already, or what they come from first
+                    codes = (codes.top_acts, codes.top_indices) if hasattr(codes, "top_acts") else codes[-1]
+                parts.append(tuple(codes.topk(4 * self._k) if isinstance(codes, torch.Tensor) else codes))
+        values, indices = (torch.cat(part).contiguous() for part in zip(*parts, strict=True))
+        save_file({"values": values.float(), "indices": indices.long()}, path)
+        return {}
 
     def save(self, path: str) -> dict:
         """Write the decoder to a file."""
