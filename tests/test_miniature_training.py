@@ -464,6 +464,26 @@ def test_the_commands_train_export_and_describe_a_model(tmp_path, monkeypatch, c
     assert "true drawings" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["train", "run", "--updates", "0"], "'0' is not a whole number from 1 on"),
+        (["train", "run", "--minutes", "nan"], "'nan' is not a number from 0.01 on"),
+        (["train", "run", "--updates", "9", "--minutes", "1"], "not allowed with"),
+        (["train", "run", "--sizes", "huge"], "invalid choice: 'huge'"),
+        (["train", "run", "--device", "toaster"], "The device 'toaster' does not exist"),
+        (["examine", "no-model"], "no-model is neither a pipeline folder nor an embedded model"),
+        (["export", "no-run", "models"], "is missing"),
+        (["card", "no-model"], "training.json is missing"),
+    ],
+)
+def test_wrong_words_of_a_command_are_explained(tmp_path, monkeypatch, capsys, words, complaint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, *words)
+    assert complaint in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
 def test_a_card_tells_what_a_record_adds(tmp_path, pipeline):
     model = tmp_path / "other"
     pipeline.save_pretrained(model)

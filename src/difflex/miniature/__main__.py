@@ -21,7 +21,7 @@ from difflex.quiet import quiet
 with quiet("transformers"):  # at its first import it lists missing packages
     from diffusers import FluxPipeline
 
-    from difflex.miniature.exporting import MANY_STEPS, STEPS, export, generate_images, write_card
+    from difflex.miniature.exporting import MANY_STEPS, STEPS, TrainingRecord, export, generate_images, write_card
     from difflex.miniature.flow import SIZES, FlowRecipe
     from difflex.miniature.judge import load_judge
     from difflex.miniature.scoring import Examination, as_markdown, examine, examine_drawings, shortfalls
@@ -48,13 +48,17 @@ def main() -> None:
     verb = add(_train, folder="the folder of the run")
     verb.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="models to train on the same scenes")
     length = verb.add_mutually_exclusive_group()
-    length.add_argument("--updates", type=_at_least_one, help=f"length of the recipe; default on a CPU: {FlowRecipe().length:,}")
-    length.add_argument("--minutes", type=_positive, help=f"length of the recipe by the clock; default on a GPU: {MINUTES:g}")
-    verb.add_argument("--batch", type=_at_least_one, default=FlowRecipe().batch, help="scenes of an update")
+    length.add_argument(
+        "--updates", type=_number(int, 1), help=f"length of the recipe; default on a CPU: {FlowRecipe().length:,}"
+    )
+    length.add_argument(
+        "--minutes", type=_number(float, 0.01), help=f"length of the recipe by the clock; default on a GPU: {MINUTES:g}"
+    )
+    verb.add_argument("--batch", type=_number(int, 1), default=FlowRecipe().batch, help="scenes of an update")
     verb.add_argument("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one")
-    verb.add_argument("--threads", type=_at_least_one, default=torch.get_num_threads(), help="CPU threads")
+    verb.add_argument("--threads", type=_number(int, 1), default=torch.get_num_threads(), help="CPU threads")
     verb.add_argument(
-        "--workers", type=int, help="processes that write captions; by default one per core for a GPU, none for a CPU"
+        "--workers", type=_number(int, 0), help="processes that write captions; by default one per core for a GPU, none for a CPU"
     )
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--from-scratch", action="store_true", help="train the judge and the autoencoder as well")
@@ -63,9 +67,9 @@ def main() -> None:
     verb = add(_examine)
     verb.add_argument("model", nargs="?", default="mini-flux", help="a pipeline folder, or the name of an embedded model")
     verb.add_argument("--judge", type=Path, help="weights of the judge, by default those of the package")
-    verb.add_argument("--captions", type=int, default=500)
-    verb.add_argument("--steps", type=int, default=STEPS)
-    verb.add_argument("--guidance", type=float, default=1.0, help="above 1 it takes a second call in each step")
+    verb.add_argument("--captions", type=_number(int, 3), default=500)
+    verb.add_argument("--steps", type=_number(int, 1), default=STEPS)
+    verb.add_argument("--guidance", type=_number(float, 0), default=1.0, help="above 1 it takes a second call in each step")
     verb.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     try:
@@ -74,16 +78,19 @@ def main() -> None:
         parser.exit(2, f"difflex.miniature: {error}\n")
 
 
-def _at_least_one(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+def _number(kind: type[int] | type[float], least: float) -> Callable[[str], float]:
+    """Return a parser of numbers from `least` on."""
 
+    def parse(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number < math.inf:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole' if kind is int else 'a'} number from {least:g} on")
+        return number
 
-def _positive(text: str) -> float:
-    if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    return parse
 
 
 def _train(flags: argparse.Namespace) -> None:
@@ -108,9 +115,8 @@ def _export(flags: argparse.Namespace) -> None:
 
 def _card(flags: argparse.Namespace) -> None:
     """Examine an exported model at 4 and 20 steps, also with guidance if it needs some, and write its model card."""
-    guidance = json.loads((flags.model / "difflex.json").read_text())["guidance"]
-    examinations = {}
-    for scale in (1.0, guidance) if guidance > 1 else (1.0,):
+    record, examinations = TrainingRecord.load(flags.model), {}
+    for scale in (1.0,) if record.guided_updates else (1.0, record.recipe["guidance"]):
         for steps in (STEPS, MANY_STEPS):
             title = f"{steps} steps" + (f", guidance {scale:g}" if scale > 1 else "")
             examinations[title] = _examine_model(flags.model, None, 500, steps, 0, scale)
@@ -120,10 +126,10 @@ def _card(flags: argparse.Namespace) -> None:
 
 def _examine(flags: argparse.Namespace) -> None:
     """Generate images of new captions and print the shares that are correct."""
-    embedded = Path(str(resources.files("difflex"))) / "models" / flags.model
-    model = embedded if embedded.is_dir() else Path(flags.model)
-    if not (model / "model_index.json").is_file():
-        raise BadInput(f"{flags.model} is neither a pipeline folder nor an embedded model: there is no {model}/model_index.json.")
+    places = (Path(flags.model), Path(str(resources.files("difflex"))) / "models" / flags.model)
+    model = next((place for place in places if (place / "model_index.json").is_file()), None)
+    if not model:
+        raise BadInput(f"{flags.model} is neither a pipeline folder nor an embedded model: it has no model_index.json.")
     rows = _examine_model(model, flags.judge, flags.captions, flags.steps, flags.seed, flags.guidance)
     print(as_markdown(rows))
     print(json.dumps({"steps": flags.steps, "captions": flags.captions, "missed": shortfalls(rows)}))
