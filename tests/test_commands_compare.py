@@ -88,6 +88,7 @@ def test_stale_missing_and_unequal_records_are_named(two: tuple[Study, Study]):
     assert "Standardise against whiten: double.1/topk-512-k8." in problems
     assert "Trained on different data: double.1/topk-512-k8." in problems
     assert "Concepts measured on different images, or in different ways: double.1/topk-512-k8." in problems
+    assert "The concepts of the two studies were not measured with the same images" in problems
     assert {pair.dictionary for pair in compared(two).metrics if pair.difference is not None} == {"double.1/topk-512-k8"}
 
 
@@ -142,6 +143,7 @@ def sizes(tmp_path: Path) -> StudyComparison:
 
 def test_studies_of_two_sizes_are_compared_block_by_block(sizes: StudyComparison):
     assert sizes.pairs == () and sizes.detections == ()
+    assert [problem for problem in sizes.problems if "same images" in problem] == []
     text = describe(sizes)
     lines = [line.split() for line in text.splitlines()]
     assert "mean AP by group" not in text and ["double.2/topk-512-k8", "FVU", "0.200", "\N{EN DASH}", "\N{EN DASH}"] in lines

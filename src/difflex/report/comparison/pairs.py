@@ -136,6 +136,9 @@ class StudyComparison:
         models = [facts.study.model for facts in (self.first, self.second)]
         if models[0] != models[1]:
             problems.append(f"{models[0]} and {models[1]} are two models: a site of one name need not be the same place in both.")
+        ours, theirs = ({match.settings for match in facts.matches} for facts in (self.first, self.second))
+        if ours and theirs and ours != theirs:
+            problems.append("The concepts of the two studies were not measured with the same images and noise levels everywhere.")
         warnings += [(images, pair.name) for pair in self.detections if pair.first.settings != pair.second.settings]
         by_text = group_by(warnings, lambda warning: warning[0]).items()
         return [*problems, *(f"{text.capitalize()}: {', '.join(name for _, name in own)}." for text, own in by_text)]
