@@ -46,8 +46,7 @@ STORED = 400_000
 """Tokens of each site of a large model that are stored: for ITDA, normalisations and evaluation."""
 LATE = 0.5
 """The noise level of the last of mini-flux's four steps, at which most concepts are detected."""
-LEVELS = (LATE, 0.75, 0.9)
-"""The noise levels of the last three of them; the first begins at pure noise, where no image can be seen."""
+LEVELS = (LATE, 0.75, 0.9)  # of the last three of them; the first begins at pure noise
 NOISY = 0.9
 """A noise level at which something of an image is left, for a model whose only step begins at pure noise."""
 EFFECT = 16
