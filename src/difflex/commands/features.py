@@ -18,10 +18,10 @@ from difflex.commands.flags import (
     STEPS,
     THE_STUDYS,
     WHOLE,
+    KeptSteps,
     NoiseLevels,
     Pixels,
     Seeds,
-    KeptSteps,
     StudyModelCommand,
     number,
 )

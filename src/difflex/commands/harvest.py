@@ -8,7 +8,7 @@ from typing import Annotated, final
 from tyro.conf import arg
 
 from difflex.choices import StoredDtype
-from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, TOKENS, Bytes, ModelCommand, Pixels, Seeds, KeptSteps
+from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, TOKENS, Bytes, KeptSteps, ModelCommand, Pixels, Seeds
 from difflex.errors import BadInput
 from difflex.images import check_output
 from difflex.study import Study

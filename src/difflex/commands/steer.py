@@ -11,7 +11,18 @@ from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ContrastMethod, Operation, Unit
-from difflex.commands.flags import BATCH, NUMBER, SEED, STRENGTHS, Features, KeptSteps, Seeds, StepRange, Strengths, StudyImagesCommand
+from difflex.commands.flags import (
+    BATCH,
+    NUMBER,
+    SEED,
+    STRENGTHS,
+    Features,
+    KeptSteps,
+    Seeds,
+    StepRange,
+    Strengths,
+    StudyImagesCommand,
+)
 from difflex.commands.inputs import first_and_end, load_study_model, open_study, stored_strength
 from difflex.errors import BadInput
 from difflex.images import check_image_path, check_output, check_sheet, contact_sheet, write_image
