@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from difflex.errors import BrokenFile, NonFinite, StaleWork
 from difflex.files import folder_lock
-from difflex.miniature import flow, learner, training
+from difflex.miniature import flow, judge, learner, training
 from difflex.miniature.__main__ import main as miniature_main
 from difflex.miniature.architecture import MiniatureConfig, PatchComponents, decoder_losses, untrained_pipeline, write_encoder
 from difflex.miniature.captions import WORDS
@@ -58,7 +58,7 @@ def tiny_size(monkeypatch):
 
 @pytest.fixture(scope="module")
 def components():
-    return PatchComponents.of(draw(torch.arange(512)).images * 2 - 1)
+    return PatchComponents.of(draw(torch.arange(128)).images * 2 - 1)
 
 
 @pytest.fixture
@@ -505,6 +505,8 @@ def test_the_embedded_autoencoder_is_used_unless_the_run_has_its_own(tmp_path, p
 def test_a_training_from_scratch_makes_its_own_judge_and_autoencoder(tmp_path, monkeypatch):
     for name in ("JUDGE_UPDATES", "DECODER_UPDATES"):
         monkeypatch.setattr(training, name, 3)
+    for module in (training, judge):
+        monkeypatch.setattr(module, "draw", lambda seeds: draw(seeds[:16]))
     recipe = replace(SHORT, length=2)
     training.train(tmp_path / "own", ["tiny"], recipe, CPU, from_scratch=True)
     assert {path.name for path in (tmp_path / "own").iterdir()} >= {"judge.safetensors", "vae", "flow.safetensors", "log.jsonl"}
@@ -515,8 +517,7 @@ def test_a_training_from_scratch_makes_its_own_judge_and_autoencoder(tmp_path, m
 
 def test_the_examination_has_all_rows_and_fails_noise():
     """With an untrained judge and noise most thresholds are missed; the rows are complete."""
-    judge = Judge().eval()
-    rows = examine(lambda captions: torch.rand(len(captions), 3, 64, 64), judge, captions=12)
+    rows = examine(lambda captions: torch.rand(len(captions), 3, 64, 64), Judge().eval(), captions=12)
     assert set(rows) == {"one object", "two different", "copies", "all", "unseen combinations"}
     assert len(shortfalls(rows)) >= len(THRESHOLDS) // 2
 
