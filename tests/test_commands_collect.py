@@ -265,6 +265,7 @@ def test_it_is_checked_that_books_can_be_written_before_a_model_is_loaded(
         path.write_text("a file")
         assert main(words) == 2 and "a folder is needed" in capsys.readouterr().err
         path.unlink()
+    (study.folder / "books").mkdir(exist_ok=True)  # a failed start leaves no empty folder
     (study.folder / "books" / ".x.sqlite.abc.tmp").write_text("of a killed process")
     with folder_lock(study.folder / "books"):
         assert main(words) == 2 and "Another process is writing" in capsys.readouterr().err
