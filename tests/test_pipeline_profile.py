@@ -100,6 +100,21 @@ def test_a_profile_takes_kinds_streams_and_patterns(folder: Path):
         profile_model(str(folder), ("double.7",))
 
 
+def test_a_profile_at_other_sites_needs_no_other_pass(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    profile = profile_model(str(folder), ("double.1:neurons",))
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("a pass"))
+    other = profile_model(str(folder), ("double.0:update", "single.0:text"))
+    assert other.step == profile.step > other.partial_step > profile.partial_step > 0
+
+
+def test_a_table_of_other_sites_or_of_a_model_loaded_again_needs_no_other_pass(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = difflex.load(folder).sites()
+    pipe = difflex.load(folder)
+    block = type(pipe.engine.sites.locate("double.1").module)
+    monkeypatch.setattr(block, "forward", lambda *_, **__: pytest.fail("a pass"))
+    assert pipe.sites("double.*:text") == [row for row in rows if str(row.site) in ("double.0:text", "double.1:text")]
+
+
 def test_flux_is_profiled_without_a_file():
     profile = profile_model("black-forest-labs/FLUX.1-schnell", ("single.9",), None, None, (256, 256))
     assert profile.shapes == {Site("single.9"): (256, 3072)} and (profile.shot.steps, profile.shot.guidance) == (4, 0.0)

@@ -1,7 +1,7 @@
 """Shapes, costs and memory of a model, by a copy of its denoiser without weights: the table of sites and `profile_model`."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cache, lru_cache, partial
@@ -27,6 +27,9 @@ from difflex.records import STREAMS, HookContext, Kind, Shot, Site
 CLIP_LENGTH = 77
 AT_ONCE = 3.5
 """How many of its largest outputs a model has in memory at once; for FLUX.1 measured on a GPU, by batches of 1 to 64 images."""
+
+SHAPES = dict[str, dict[Site, tuple[int, int]]]()
+"""Tokens and width at the sites of models, by their configs and the shapes of their arguments."""
 
 
 class SiteRow(NamedTuple):
@@ -91,15 +94,12 @@ def _rows(
     matches = [module.site for module in sites.expand([pattern])] if pattern != "*" else []
     names = [site.path for site in matches] or list(sites.blocks) or sites.repeated()
     streams = {site.stream for site in matches} if ":" in pattern else set(STREAMS)
-    candidates = [
-        Site(name, kind, stream)
-        for name in dict.fromkeys(names)
-        for stream in sites.streams(name)
-        if stream in streams
-        for kind in sites.kinds(name, stream)
-        if kind != "update"
-    ]
-    shapes = _shapes(copy, [sites.locate(site) for site in candidates], call, args, kwargs)
+    candidates = [site for site in _sites_of(sites, dict.fromkeys(names)) if site.stream in streams and site.kind != "update"]
+    others = [site for site in candidates if site.path not in sites.blocks]
+    leaves = [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves((args, kwargs))]
+    if (key := str((type(copy), cast(ConfigMixin, copy).config, leaves, others))) not in SHAPES:
+        SHAPES[key] = _shapes(copy, sites.expand([*_sites_of(sites, sites.blocks), *others]), call, args, kwargs)
+    shapes = SHAPES[key]
     neurons = {(site.path, site.stream): width for site, (_, width) in shapes.items() if site.kind == "neurons"}
     rows = [
         SiteRow(
@@ -120,6 +120,11 @@ def _rows(
     if sites.blocks or matches:
         return rows
     return [row for row in rows if not any(row.path.startswith(f"{other.path}.") for other in rows)]
+
+
+def _sites_of(sites: SiteMap, names: Iterable[str]) -> list[Site]:
+    """Return the sites of the blocks or modules `names`."""
+    return [Site(name, kind, stream) for name in names for stream in sites.streams(name) for kind in sites.kinds(name, stream)]
 
 
 def _without_weights(denoiser: nn.Module, kwargs: dict[str, object]) -> nn.Module:
@@ -188,51 +193,46 @@ def profile_model(
 ) -> ModelProfile:
     """Profile the model `name` at `sites` (default: all blocks) from its configs; nothing is loaded or downloaded."""
     with _fitting_configs(name):
-        return _profile(name, sites, revision, steps, pixels, guidance, text_length)
+        profiler = _Profiler.of(name, revision, offline=True, text_length=text_length)
+        plan, family, _ = profiler
+        if not family.blocks:
+            known = ", ".join(family.name for family in FAMILIES)
+            raise UnknownName(f"difflex does not know how to call the denoiser of a {plan.pipeline}. Known families: {known}.")
+        shot = Shot(
+            model=name,
+            revision=revision,
+            text_length=text_length,
+            pixels=pixels or profiler.default_pixels,
+            steps=steps or profiler.defaults.steps,
+            guidance=float(profiler.defaults.guidance if guidance is None else guidance),
+        )
+        alike = replace(shot, steps=1, guidance=0.0)  # neither changes a single pass
+        costs, targets = _costs_at(alike, sites)
+        halves = 2 if family.is_guided(shot.guidance, profiler.config) else 1
+        return ModelProfile(
+            shot=shot,
+            shapes={site: costs.shapes[site] for site in targets},
+            partial_step=(1 if family.guidance == "separate" else halves) * max(costs.operations[site] for site in targets),
+            step=halves * costs.step,
+            prompt=costs.prompt,
+            decode=costs.decode,
+            weights=costs.weights,
+            values=round(AT_ONCE * costs.largest * (1 if family.guidance == "separate" else halves)),
+            decoded_values=round(AT_ONCE * costs.decoded),
+        )
 
 
-def _profile(
-    name: str,
-    sites: tuple[str, ...],
-    revision: str | None,
-    steps: int | None,
-    pixels: tuple[int, int] | None,
-    guidance: float | None,
-    text_length: int | None,
-) -> ModelProfile:
-    profiler = _Profiler.of(name, revision, offline=True, text_length=text_length)
-    plan, family, _ = profiler
-    if not family.blocks:
-        known = ", ".join(family.name for family in FAMILIES)
-        raise UnknownName(f"difflex does not know how to call the denoiser of a {plan.pipeline}. Known families: {known}.")
-    shot = Shot(
-        model=name,
-        revision=revision,
-        text_length=text_length,
-        pixels=pixels or profiler.default_pixels,
-        steps=steps or profiler.defaults.steps,
-        guidance=float(profiler.defaults.guidance if guidance is None else guidance),
-    )
-    alike = replace(shot, steps=1, guidance=0.0)  # neither changes a single pass
-    shapes, partial_call, call, largest = _denoiser_pass(alike, sites)
-    halves = 2 if family.is_guided(shot.guidance, profiler.config) else 1
-    prompt, decode, decoded, weights = _fixed_costs(alike)
-    return ModelProfile(
-        shot=shot,
-        shapes=shapes,
-        partial_step=(1 if family.guidance == "separate" else halves) * partial_call,
-        step=halves * call,
-        prompt=prompt,
-        decode=decode,
-        weights=weights,
-        values=round(AT_ONCE * largest * (1 if family.guidance == "separate" else halves)),
-        decoded_values=round(AT_ONCE * decoded),
-    )
+class _Costs(NamedTuple):
+    """What a run like a shot costs, whatever is done at the sites."""
 
-
-class FixedCosts(NamedTuple):
-    """What does not depend on the sites."""
-
+    sites: SiteMap
+    shapes: Mapping[Site, tuple[int, int]]
+    """Tokens and width at every site of every block, where it has any."""
+    operations: Mapping[Site, float]
+    """Operations up to the end of the module of each site."""
+    step: float
+    largest: int
+    """Numbers in the largest output of a layer of the denoiser."""
     prompt: float
     decode: float
     decoded: int
@@ -240,15 +240,37 @@ class FixedCosts(NamedTuple):
     weights: MemoryNeed
 
 
-@lru_cache(64)
-def _denoiser_pass(shot: Shot, sites: tuple[str, ...]) -> tuple[Mapping[Site, tuple[int, int]], float, float, int]:
-    return _Profiler.of(shot.model, shot.revision, True, shot.text_length).denoiser(shot, sites)
+def _costs_at(shot: Shot, names: tuple[str, ...]) -> tuple[_Costs, list[Site]]:
+    """Return the costs of `shot` and the sites of `names` (default: all blocks); once for any sites of blocks."""
+    costs = _costs(shot)
+    residual = [site for site in costs.shapes if site.kind == "residual"]
+    sites = [target.site for target in costs.sites.expand(names)] if names else residual
+    if others := tuple(site for site in sites if site not in costs.operations):  # smooth ones, and modules that are no blocks
+        costs = _costs(shot, others)
+    if missing := [site for site in sites if site not in costs.shapes]:
+        raise BadInput(f"The site '{missing[0]}' returns no tokens or has no update. Use another one; difflex sites lists them.")
+    return costs, sites
 
 
 @lru_cache(64)
-def _fixed_costs(shot: Shot) -> FixedCosts:
+@torch.no_grad()
+def _costs(shot: Shot, others: tuple[Site, ...] = ()) -> _Costs:
+    """Call the denoiser with hooks at all sites of its blocks and at `others`."""
     profiler = _Profiler.of(shot.model, shot.revision, True, shot.text_length)
-    return FixedCosts(profiler.prompt(), *profiler.decode(shot), count_weights(profiler.plan, profiler.family))
+    copy = profiler.without_weights()
+    kwargs, call = profiler.arguments(copy, shot)
+    sites, operations = SiteMap(copy, profiler.family), dict[Site, float]()
+    targets = sites.expand([*_sites_of(sites, sites.blocks), *others])
+    with FlopCounterMode(display=False) as counter, _largest_output(copy) as largest, ExitStack() as hooks:
+
+        def count(*_: object, site: Site) -> None:
+            operations[site] = counter.get_total_flops()
+
+        for target in targets:
+            hooks.enter_context(target.module.register_forward_hook(partial(count, site=target.site)))
+        shapes = _shapes(copy, targets, call, (), kwargs)
+    prompt, weights = profiler.prompt(), count_weights(profiler.plan, profiler.family)
+    return _Costs(sites, shapes, operations, counter.get_total_flops(), max(largest), prompt, *profiler.decode(shot), weights)
 
 
 class _Profiler(NamedTuple):
@@ -288,28 +310,6 @@ class _Profiler(NamedTuple):
     @property
     def default_pixels(self) -> tuple[int, int]:
         return self.defaults.default_pixels(self.config("sample_size"), self._vae_scale)
-
-    @torch.no_grad()
-    def denoiser(self, shot: Shot, names: Sequence[str]) -> tuple[dict[Site, tuple[int, int]], float, float, int]:
-        """Return the shapes in a call of the denoiser, its operations up to the last site and in all, and the largest output."""
-        copy = self.without_weights()
-        kwargs, call = self.arguments(copy, shot)
-        sites = SiteMap(copy, self.family)
-        targets = sites.expand(names or [Site(name, stream=stream) for name in sites.blocks for stream in sites.streams(name)])
-        counts = [0]
-        with FlopCounterMode(display=False) as counter, ExitStack() as hooks:
-            largest = hooks.enter_context(_largest_output(copy))
-            for target in targets:
-                hook = target.module.register_forward_hook(lambda *_: counts.append(counter.get_total_flops()))
-                hooks.enter_context(hook)
-            shapes = _shapes(copy, targets, call, (), kwargs)
-        missing = [str(target.site) for target in targets if target.site not in shapes]
-        if missing and names:
-            raise BadInput(
-                f"The site '{missing[0]}' returns no tokens or has no update. Use another one; difflex sites lists them."
-            )
-        ordered = {target.site: shapes[target.site] for target in targets if target.site in shapes}
-        return ordered, max(counts), counter.get_total_flops(), max(largest)
 
     def arguments(self, copy: nn.Module, shot: Shot) -> tuple[dict[str, object], DenoiserCall]:
         """Return the arguments of a call of the denoiser, as shapes, and the call."""
