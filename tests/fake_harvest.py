@@ -1,18 +1,15 @@
-"""A harvest without a model: random activations with a seed made from the shot. As a script it records them, for kill tests."""
+"""A harvest without a model: random activations with a seed made from the shot."""
 
-import argparse
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, groupby, islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from difflex.records import Activations, Shot, Site
-from difflex.store import RecordingConfig, record
 
 SITES = (Site("double.1"), Site("single.0", "update"), Site("double.1", stream="text"))
 
@@ -65,27 +62,3 @@ class FakeHarvest:
                     values = torch.stack([activation(shot, site, tokens, self.width) for shot in at_step])
                     grid = (2, tokens // 2) if site.stream == "image" else None
                     yield Activations(site=site, values=values, shots=at_step, grid=grid)
-
-
-def main() -> None:
-    """Record the fake activations."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--runs", type=int, default=96)
-    parser.add_argument("--delay", type=float, default=0.0)
-    parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--world-size", type=int, default=1)
-    flags = parser.parse_args()
-    torch.set_num_threads(1)
-    harvest = FakeHarvest(delay=flags.delay, width=flags.width)
-    settings = RecordingConfig(
-        dtype=flags.dtype, batch=4, shard_bytes=0, rank=flags.rank, world_size=flags.world_size, progress=False
-    )
-    print("begins", flush=True)
-    record(flags.folder, fake_shots(flags.runs), SITES, harvest, settings)
-
-
-if __name__ == "__main__":
-    main()

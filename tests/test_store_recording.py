@@ -2,16 +2,18 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ from difflex.errors import BadInput, BrokenFile, DifflexError, DiskError, NonFin
 from difflex.records import Activations, Shot, Site
 from difflex.store import RecordingConfig, Store, record
 
-SCRIPT = Path(__file__).parent / "fake_harvest.py"
+FORK = multiprocessing.get_context("fork")
 SITE = SITES[0]
 QUICK = RecordingConfig(batch=4, shard_bytes=0, progress=False)
 
@@ -35,17 +37,29 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def script(folder: Path, *flags: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), str(folder), *flags]
+def recorder(folder: Path, delay: float, **settings: int) -> ForkProcess:
+    """Start a process that records what `whole` has; a fork starts at once, unlike a new interpreter."""
+    work = (folder, fake_shots(96), SITES, FakeHarvest(delay=delay), replace(QUICK, **settings))
+    process = FORK.Process(target=record, args=work)
+    process.start()
+    return process
 
 
-def killed(command: Sequence[str], after: float) -> bool:
-    """Kill the process `after` seconds after it begins to record, and return whether it was still running."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"begins\n"
-        time.sleep(after)
-        process.send_signal(signal.SIGKILL)
-        return process.wait() == -signal.SIGKILL
+def killed(process: ForkProcess, after: float) -> bool:
+    """Kill the process after so many seconds, and return whether it was still running."""
+    time.sleep(after)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def record_until_full(folder: Path, kilobytes: int, answer: Connection) -> None:
+    """Record with a limit on the size of a file, which acts like a full disk: one write is short, the next one fails."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes, 1024 * kilobytes))
+    try:
+        record(folder, fake_shots(32), SITES, FakeHarvest(width=512), QUICK)
+    except OutOfSpace as error:
+        answer.send(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +72,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_recording_continues_to_the_same_bytes(tmp_path: Path, whole: Path):
     moments = random.Random(4)
-    kills = [killed(script(tmp_path, "--delay", "0.05"), moments.uniform(0, 0.5)) for _ in range(4)]
+    kills = [killed(recorder(tmp_path, 0.05), moments.uniform(0, 0.5)) for _ in range(4)]
     assert any(kills)
     record(tmp_path, fake_shots(96), SITES, FakeHarvest(), QUICK)
     assert contents(tmp_path) == contents(whole)
 
 
 def test_two_ranks_write_the_same_bytes_as_one_process(tmp_path: Path, whole: Path):
-    ranks = [subprocess.Popen(script(tmp_path, "--rank", str(rank), "--world-size", "2", "--delay", "0.01")) for rank in range(2)]
-    assert [rank.wait() for rank in ranks] == [0, 0]
+    ranks = [recorder(tmp_path, 0.01, rank=rank, world_size=2) for rank in range(2)]
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     assert contents(tmp_path) == contents(whole)
 
 
@@ -257,14 +273,12 @@ def test_another_format_is_refused_and_not_changed(tmp_path: Path):
 
 @pytest.mark.parametrize("kilobytes", [1, 40])
 def test_a_full_disk_is_a_clear_error_and_finished_shards_stay(tmp_path: Path, kilobytes: int):
-    # A limit on the size of a file acts like a full disk: one write is short, the next one fails.
-    command = "ulimit -f $1; shift; exec " + '"$@"'
-    flags = ("--width", "512", "--runs", "32")
-    full = subprocess.run(
-        ["bash", "-c", command, "bash", str(kilobytes), *script(tmp_path, *flags)], capture_output=True, text=True
-    )
-    assert full.returncode == 1
-    assert "OutOfSpace" in full.stderr and "run the same command again" in full.stderr
+    read, write = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=record_until_full, args=(tmp_path, kilobytes, write))
+    process.start()
+    write.close()
+    assert "run the same command again" in read.recv()
+    process.join()
     assert [path.name for path in tmp_path.rglob("*.tmp")] == []
     stores = [Store.open(path.parent) for path in tmp_path.rglob("manifest.json")]
     assert all(store.verify() for store in stores)
