@@ -144,7 +144,7 @@ def real_depth(family: str, folder: Path, tokens: int = 2048) -> list[str]:
 @pytest.mark.parametrize(
     ("recipe", "family", "flags", "tokens"),
     [
-        ("flux_schnell", "flux", [], 2048),
+        ("flux_schnell", "flux", [], 1024),
         pytest.param("flux_schnell", "flux", ["--precision", "nf4"], 2048, marks=pytest.mark.slow),
         pytest.param("flux_dev", "flux-dev", [], 8192, marks=pytest.mark.slow),  # enough images for some to be held out
     ],
