@@ -177,13 +177,13 @@ def test_steer_eval_judges_features_and_all_baselines_and_reuses_results(tmp_pat
         "double.1",
         "double.1:neurons",
         "--tokens",
-        "20000",
+        "8000",
         "--steps",
         "4",
         "--out",
     ]
     assert main([*words, study]) == 0
-    assert main(["train", study, "--site", "double.1", "--k", "8", "--size", "256", "--tokens", "20000"]) == 0
+    assert main(["train", study, "--site", "double.1", "--k", "8", "--size", "256", "--tokens", "8000"]) == 0
     assert main(["neurons", study, "--site", "double.1:neurons", "--k", "8"]) == 0
     assert main(["steer-eval", study, "--dictionary", "double.1"]) == 2
     assert "Run difflex concepts" in capsys.readouterr().err
@@ -199,7 +199,7 @@ def test_steer_eval_judges_features_and_all_baselines_and_reuses_results(tmp_pat
         "--trials",
         "2",
         "--pairs",
-        "3",
+        "2",
         "--strength",
         "1:2:1",
         "--edit-steps",
@@ -226,16 +226,16 @@ def test_steer_eval_judges_features_and_all_baselines_and_reuses_results(tmp_pat
     written = path.stat().st_mtime_ns
     assert main(["steer-eval", study, "--dictionary", "double.1", *flags]) == 0
     assert "as before" in capsys.readouterr().out and path.stat().st_mtime_ns == written
-    # A missing strip is made again.
-    (images / "size-prompt.webp").unlink()
-    assert main(["steer-eval", study, "--dictionary", "double.1", *flags]) == 0
-    assert "as before" not in capsys.readouterr().out and (images / "size-prompt.webp").is_file()
     # Neurons that were matched as dictionaries of their own are found, too.
     neurons.rename(neurons.with_name("neurons-768-k8.json"))
     few = ["--groups", "size", "--min-ap", "0.01", "--trials", "2", "--pairs", "1", "--strength", "1"]
     assert main(["steer-eval", study, "--dictionary", "double.1", *few]) == 0
     judged = SteeringResults.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
     assert judged.of("neuron")
+    # A missing strip is made again.
+    (images / "size-prompt.webp").unlink()
+    assert main(["steer-eval", study, "--dictionary", "double.1", *few]) == 0
+    assert "as before" not in capsys.readouterr().out and (images / "size-prompt.webp").is_file()
     # Matches of other weights are refused.
     changed = Dictionary.load(tmp_path / "study" / "dictionaries" / "double.1" / "topk-256-k8")
     changed.bias.add_(1.0)  # pyright: ignore[reportAttributeAccessIssue]
