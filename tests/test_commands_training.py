@@ -339,6 +339,7 @@ def test_sites_without_neurons_are_explained(study: Path, site: str, words: str,
 LIVE = ("--live", "--window", "512", "--harvest-batch", "8")
 
 
+@pytest.mark.filterwarnings("default:.*is finished, with weights in bf16:UserWarning")
 def test_live_training_harvests_with_the_settings_of_the_study(harvested: Path, study: Path, capsys: pytest.CaptureFixture[str]):
     assert train(study, *LIVE, "--also", "single.0", "--k", "3,4", "--weights", "bf16") == 0
     output, before = capsys.readouterr().out, snapshot(study)
