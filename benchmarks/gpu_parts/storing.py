@@ -30,7 +30,7 @@ class DeviceHarvest:
         for start in range(0, len(shots), batch):
             part = tuple(shots[start : start + batch])
             for _ in range(self.passes):
-                torch.mm(self.values, self.weight)
+                torch.matmul(self.values, self.weight)
             for site in sites:
                 yield Activations(site=site, values=self.values[: len(part)].clone(), shots=part, grid=None)
 
