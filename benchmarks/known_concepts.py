@@ -276,12 +276,13 @@ class Row(NamedTuple):
 
 
 def leaderboard(scores: Sequence[Score], probes: dict[str, list[float]], groups: Sequence[str]) -> list[Row]:
-    """Return the results by method and view, the best first."""
+    """Return the results by method and view, the best first, of what is scored at every site."""
     by_row: defaultdict[str, dict[int, dict[str, Score]]] = defaultdict(lambda: defaultdict(dict))
     for score in scores:
         site, _, view = score.site.partition(":")
         by_row[", ".join(filter(None, (score.method, view)))][score.seed][site] = score
-    return sorted((_row(name, seeds, probes, groups) for name, seeds in by_row.items()), key=lambda row: -row.union[0])
+    whole = {name: {seed: by for seed, by in seeds.items() if by.keys() >= probes.keys()} for name, seeds in by_row.items()}
+    return sorted((_row(name, seeds, probes, groups) for name, seeds in whole.items() if seeds), key=lambda row: -row.union[0])
 
 
 def _row(name: str, seeds: dict[int, dict[str, Score]], probes: dict[str, list[float]], groups: Sequence[str]) -> Row:
