@@ -46,6 +46,8 @@ from difflex.training.itda import GrowthData, grow
 torch.set_num_threads(1)
 PYTHON = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 NOISE, STEPS, BATCH, RIDGE = 0.5, 4, 1024, 1e-3
+PART = 8192
+"""Tokens encoded at once."""
 WANTED, BEST_SITE, LEAD = 0.8, 0.6, 0.1
 """Bars: share of findable concepts found over all sites, and at the best site; lead over the best peer's default."""
 OURS = "topk, smooth"
@@ -154,10 +156,6 @@ def _of_codes(task: Task, name: str, values: Tensor, indices: Tensor) -> Feature
     """Return a method with known codes of the labelled tokens, which it is asked for in order."""
     parts = iter(zip(values.split(PART), indices.split(PART), strict=True))
     return FeatureMethod(site=task.store.site, label=name, size=task.recipe.size, encode=lambda x: Codes(*next(parts)))
-
-
-PART = 8192
-"""Tokens encoded at once."""
 
 
 def methods(python: Path, full: bool) -> dict[str, Make]:
