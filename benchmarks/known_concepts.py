@@ -51,6 +51,8 @@ PART = 8192
 WANTED, BEST_SITE, LEAD = 0.8, 0.6, 0.1
 """Bars: share of findable concepts found over all sites, and at the best site; lead over the best peer's default."""
 OURS = "topk, smooth"
+VIEWS = {"plain": "", "smooth": ":smooth"}
+"""How a site is read, and what its name ends with."""
 SECONDS = 20.0
 """Maximum time to score all pairs of 4,096 features and 60 concepts at 131,072 tokens with 32 firings each, on one core."""
 
@@ -211,7 +213,7 @@ class Activations:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self._recipe, self._folder = recipe, folder
-        self.sites = [name + view for name in recipe.sites for view in ("", ":smooth")]
+        self.sites = [name + view for name in recipe.sites for view in VIEWS.values()]
         words = ["harvest", recipe.model, "--site", *self.sites, "--prompts", "captions", "--steps", str(STEPS), "--batch", "32"]
         assert command([*words, "--tokens", str(recipe.tokens), "--out", str(folder / "study")]) == 0
         file = folder / f"labelled-{recipe.images}.pt"
@@ -241,12 +243,15 @@ class Activations:
         return scored(self.task(site, 0)._replace(labelled=labelled), "neurons", make)._replace(site=site)
 
 
-def run(activations: Activations, made: dict[str, Make], recipe: Recipe, seeds: int, folder: Path) -> list[Score]:
+def run(
+    activations: Activations, made: dict[str, Make], views: Sequence[str], recipe: Recipe, seeds: int, folder: Path
+) -> list[Score]:
     """Score all methods at all sites that the folder has no score of, and return all scores."""
     file = folder / f"scores-{recipe.size}-k{recipe.k}-{recipe.tokens * recipe.epochs}.jsonl"
     scores = [Score(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(score.method, score.site, score.seed) for score in scores}
-    wanted = [(name, site, seed) for seed in range(seeds) for site in activations.sites for name in made]
+    sites = [site + VIEWS[view] for site in recipe.sites for view in views]
+    wanted = [(name, site, seed) for seed in range(seeds) for name in made for site in sites]
     wanted += [("neurons", site, 0) for site in recipe.sites]
     with file.open("a") as log:
         for name, site, seed in wanted:
@@ -357,6 +362,7 @@ def main() -> int:
     parser.add_argument("--model", default="mini-flux")
     parser.add_argument("--site", nargs="+")
     parser.add_argument("--only", nargs="+", help="methods; all by default")
+    parser.add_argument("--view", nargs="+", choices=VIEWS, default=list(VIEWS), help="how the sites are read")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--epochs", type=int, help="how often the stored tokens are trained on")
@@ -374,7 +380,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         activations = Activations(recipe, folder)
         probes = {site: probe_scores(activations.labelled[Site.parse(site)]) for site in recipe.sites}
-        scores = run(activations, made, recipe, asked.seeds, folder)
+        scores = run(activations, made, asked.view, recipe, asked.seeds, folder)
         groups = [concept.group for concept in drawn_concepts()]
     rows = leaderboard(scores, probes, groups)
     print(table(rows))

@@ -94,7 +94,7 @@ ARROWS: dict[str, set[str]] = {
         "study",
         "training",
     },
-    "recipes": {"choices", "commands", "errors", "pipeline", "study"},
+    "recipes": {"choices", "commands", "errors", "pipeline", "records", "study"},
     "cli": {"errors", "study", "commands"},
     "testing": {*GROUND, "pipeline", "features", "quiet"},
     "__main__": {"cli"},

@@ -66,10 +66,15 @@ def test_the_drawn_world_is_drawn_at_the_size_of_the_study(study: Study, capsys:
 
 
 def test_dictionaries_and_baselines_are_matched_once_and_again_after_a_change(study: Study, capsys: pytest.CaptureFixture[str]):
-    words = ["concepts", str(study.folder), *FEW]
-    assert main(words) == 0
+    words, own = ["concepts", str(study.folder), *FEW], study.concepts(SITE, "topk-24-k4")
+    assert main([*words, "--no-baselines"]) == 0
+    assert list(study.folder.glob("concepts/*/*.json")) == [own]
+    before = own.read_bytes()
+    assert main(words) == 0 and own.read_bytes() == before
     output = capsys.readouterr().out
-    assert f"{study.concepts(SITE, 'topk-24-k4')}: matched" in output and "a linear probe" in output and "AP by group" in output
+    assert (
+        f"{own}: matched" in output and f"{own}: up to date" in output and "a linear probe" in output and "AP by group" in output
+    )
     files = {path.relative_to(study.folder / "concepts").as_posix() for path in study.folder.glob("concepts/*/*.json")}
     assert files == {
         "double.0/topk-24-k4.json",
@@ -77,13 +82,13 @@ def test_dictionaries_and_baselines_are_matched_once_and_again_after_a_change(st
         "double.0/random-24-k4.json",
         "double.0+neurons/neurons-k4.json",
     }
-    matches = ConceptMatches.load(study.concepts(SITE, "topk-24-k4"))
+    matches = ConceptMatches.load(own)
     assert matches.fingerprint and matches.site == SITE and len(matches.levels) == 1
     stamps = {path: path.stat().st_mtime_ns for path in study.folder.glob("concepts/*/*.json")}
     random_sae(1).save(study.dictionary(SITE, "topk-24-k4"))
     assert main(words) == 0
     output = capsys.readouterr().out
-    assert f"{study.concepts(SITE, 'topk-24-k4')}: matched" in output and output.count("up to date") == 3
+    assert f"{own}: matched" in output and output.count("up to date") == 3
     changed = [path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
     assert changed == ["topk-24-k4.json"]
     assert main([*words[:-1], "0.25", "--dictionary", f"{SITE}/topk-24-k4"]) == 0

@@ -31,8 +31,11 @@ pytestmark = pytest.mark.filterwarnings(
 HERE = {
     "double.1": "double.0:update",
     "double.2": "double.1",
+    "double.1:smooth": "double.0:update:smooth",
+    "double.2:smooth": "double.1:smooth",
     "double.2:neurons": "double.1:neurons",
     "single.3": "single.2",
+    "single.3:smooth": "single.2:smooth",
 }
 """Where the tiny FLUX has what the recipes ask of the large one."""
 DRAWN = {"pixels": [[64, 64], [16, 24]]}
@@ -41,6 +44,8 @@ DRAWN = {"pixels": [[64, 64], [16, 24]]}
 
 def shrunk(study: Study, model: Path, prompts: Path) -> Study:
     """The same study of a tiny model, with small dictionaries of few tokens."""
+    harvested = [site for command in study.commands if isinstance(command, HarvestCommand) for site in command.site]
+    middle = "double.1" if "double.2" in harvested else "double.1:smooth"
 
     def small(command: Command) -> Command:
         match command:
@@ -61,8 +66,9 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
             case EvaluateCommand():
                 return replace(command, effect_shots=0)
             case ConceptsCommand():
-                [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.2")]
-                return replace(command, images=150, noise=(0.5,), empty_prompts=True, site=(site,), pixels=(64, 64))
+                [site, *_] = [*(HERE.get(site, site) for site in command.site), middle]
+                few = {"images": 150, "noise": (0.5,), "empty_prompts": True, "pixels": (64, 64)}
+                return replace(command, site=(site,), dictionary=(), **few)
             case CollectCommand():
                 sites = tuple(HERE.get(site, site) for site in command.site)
                 return replace(
@@ -78,7 +84,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
             case ExplainCommand():
                 return replace(command, dictionary=(), random_features=2, judged_images=2)
             case SteerEvalCommand():
-                one = ("double.1/topk-32-k2",)
+                one = (f"{middle}/topk-32-k2",)
                 return replace(
                     command, dictionary=one, groups=("colour",), min_ap=0.05, trials=1, pairs=1, strength=(1.0,), pixels=(64, 64)
                 )
@@ -92,7 +98,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                     "strength": (0.0,),
                     "pixels": (64, 64),
                 }
-                return replace(command, dictionary=("double.1/topk-32-k2",), **few)
+                return replace(command, dictionary=(f"{middle}/topk-32-k2",), **few)
             case FindingsCommand():
                 few = {"groups": ("colour",), "concepts_per_group": 1, "trials": 1, "pairs": (1,), "strength": (0.1,)}
                 return replace(command, site="double.1", pixels=(64, 64), **few)
@@ -286,9 +292,14 @@ def test_every_recipe_takes_every_option(name: str, tmp_path: Path):
 
 def test_the_studies_of_the_drawn_world_take_the_blocks_that_their_model_has(tmp_path: Path):
     sites = lambda study: [site for each in study.commands if isinstance(each, HarvestCommand) for site in each.site]  # noqa: E731
-    assert sites(mini(tmp_path, model="mini-flux-small")) == ["double.1"] != sites(mini(tmp_path)) == ["double.2"]
+    small, usual = sites(mini(tmp_path, model="mini-flux-small")), sites(mini(tmp_path))
+    assert (small, usual) == (["double.1:smooth"], ["double.2:smooth"])
     full = mini_full(tmp_path, model="mini-flux-small")
-    assert sites(full) == ["double.0", "double.1", "single.0", "single.1", "double.1:neurons", "double.1"]
+    plain, smooth = (
+        ["double.1", "double.0", "single.0"],
+        [f"{site}:smooth" for site in ("double.0", "double.1", "single.0", "single.1")],
+    )
+    assert sites(full) == [*plain, *smooth, "double.1:neurons", "double.1"]
     explained = next(each for each in full.commands if isinstance(each, ExplainCommand))
     assert explained.dictionary[-1] == "double.1:neurons/neurons-512-k32"
     with pytest.raises(BadInput, match=r"of a FLUX, but the blocks of '.*sdxl' are: down"):

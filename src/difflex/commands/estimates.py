@@ -212,12 +212,14 @@ def _concepts(forecast: Forecast, command: ConceptsCommand) -> CostEstimate:
                 {each.k for each in shapes},
                 command.images * levels * store.tokens,
             )
-            methods = len(shapes) + (3 - inner) * len(ks)
-            model += (2 - inner) * command.images * levels * (profile.partial_step + profile.decode)
-            matched += rounds / levels * (5e6 * tokens * methods + 300.0 * tokens * (5 - 4 * inner) * store.width * known)
+            axes, neurons = (0, 0) if command.no_baselines else (2, 1 - inner)
+            methods = len(shapes) + (axes + neurons) * len(ks)
+            model += (1 + neurons) * command.images * levels * (profile.partial_step + profile.decode)
+            matched += rounds / levels * (5e6 * tokens * methods + 300.0 * tokens * (1 + 4 * neurons) * store.width * known)
             encoded += sum(encoding(shape, tokens) for shape in shapes)
-            features = sum(each.size for each in shapes) + len(ks) * (max(each.size for each in shapes) + 6 * store.width)
-            total, size = total + tokens * (2 - inner), size + methods * rounds * 27_000 + features * 47
+            features = sum(each.size for each in shapes)
+            features += (axes > 0) * len(ks) * (max(each.size for each in shapes) + 6 * store.width)
+            total, size = total + tokens * (1 + neurons), size + methods * rounds * 27_000 + features * 47
             sites[str(site)] = None
             held = model_memory(forecast, folder, profile, command)
             used = _in_use(forecast, shapes, held.device + pass_bytes(profile, held, command.batch, images=True))

@@ -95,6 +95,8 @@ class ConceptsCommand(StudyModelCommand):
     """Match these dictionaries, written SITE/LABEL: double.18/topk-8192-k32."""
     largest: FlagCreatePairsOff[bool] = False
     """Of these, only the largest of each kind at each site, with the largest k."""
+    no_baselines: FlagCreatePairsOff[bool] = False
+    """Leave out principal axes, random directions and neurons."""
     images: Annotated[int, COUNT] = 1000
     """Number of labelled images; a tenth of them is held out for the measurements."""
     noise: NoiseLevels = (0.25, 0.5, 0.75)
@@ -150,7 +152,7 @@ class ConceptsCommand(StudyModelCommand):
             raise BadInput(f"The images of {studies[0]} and {others[0]} have several sizes. Name one for both with --pixels.")
         images = folder.source(self.images, self.pixels) if folder else drawn_source(self.images, pixels or (0, 0))
         sites, names = narrowed(studies[0], self.site, self.dictionary, self.largest)
-        stored = match_studies(studies, images, open_model, config, sites, names)
+        stored = match_studies(studies, images, open_model, config, sites, names, baselines=not self.no_baselines)
         for method in stored:
             print(f"{method.path}: {'up to date' if method.up_to_date else 'matched'}")
         print(matches_table([method.matches for method in stored]))

@@ -39,10 +39,12 @@ def match_studies(
     config: ConceptsConfig,
     sites: Sequence[str] = (),
     dictionaries: Sequence[str] = (),
+    *,
+    baselines: bool = True,
 ) -> list[StoredMatches]:
     """Match dictionaries of `studies`, and the baselines of each, to the concepts of `images`; save the matches.
 
-    These are the dictionaries at `sites` and those called `dictionaries` (SITE/LABEL); all if both are empty. The baselines are,
+    These are the dictionaries at `sites` and those called `dictionaries` (SITE/LABEL); all if both are empty. `baselines` are,
     for each number of active features: principal axes, random directions, and the neurons of the same block, if it has some.
     `open_model` returns, for a study, a function from a site to a harvest there, or to None if the model does not have that site;
     it is called only where matches are missing or out of date. Sites are harvested one after another. Activations stay in memory
@@ -59,7 +61,7 @@ def match_studies(
             precision=study.settings.precision,
             text_length=study.settings.text_length,
         )
-        stored += _match_study(study, selection, inputs, partial(_labelled_at, images, open_model(study), config))
+        stored += _match_study(study, selection, inputs, partial(_labelled_at, images, open_model(study), config), baselines)
     return stored
 
 
@@ -82,14 +84,15 @@ def _match_study(
     selection: Sequence[DictionaryRef],
     inputs: MatchInputs,
     labelled_at: Callable[[Site], LabelledStream | None],
+    baselines: bool,
 ) -> list[StoredMatches]:
     folders: dict[Site, list[Path]] = {}
     for place in selection:
         folders.setdefault(place.site, []).append(study.dictionary(*place))
     stored = []
     for site, paths in folders.items():
-        own = _own_tasks(study, site, paths, inputs)
-        neurons = _neuron_tasks(study, site, paths, folders, inputs)
+        own = _dictionary_tasks(study, site, paths, inputs) + (_axis_tasks(study, site, paths, inputs) if baselines else [])
+        neurons = _neuron_tasks(study, site, paths, folders, inputs) if baselines else []
         missing = [task for task in own if not task.is_done]
         # Neurons first: if the files of the site itself are up to date, so are those of its neurons, if it has any.
         computed = _compute([task for task in neurons if missing and not task.is_done], labelled_at)
@@ -137,12 +140,17 @@ def _compute(tasks: list[_MatchTask], labelled_at: Callable[[Site], LabelledStre
     return tasks
 
 
-def _own_tasks(study: Study, site: Site, folders: Sequence[Path], inputs: MatchInputs) -> list[_MatchTask]:
-    """Return the dictionaries, then axes with as many active features; random ones as many as the largest dictionary has."""
+def _dictionary_tasks(study: Study, site: Site, folders: Sequence[Path], inputs: MatchInputs) -> list[_MatchTask]:
     tasks = []
     for folder in folders:
         method = lambda _, folder=folder: FeatureMethod.of(Dictionary.load(folder))  # noqa: E731
         tasks.append(_MatchTask(study, site, folder.name, replace(inputs, fingerprint=fingerprint(folder)), method))
+    return tasks
+
+
+def _axis_tasks(study: Study, site: Site, folders: Sequence[Path], inputs: MatchInputs) -> list[_MatchTask]:
+    """Return axes with as many active features as the dictionaries; random ones as many as the largest dictionary has."""
+    tasks = []
     for k, (size, width) in _shapes(folders).items():
         if k <= width:
             tasks.append(_MatchTask(study, site, f"pca-{2 * width}-k{k}", inputs, partial(principal_axes, k=k)))

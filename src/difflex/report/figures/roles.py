@@ -76,11 +76,11 @@ class BlockRoles:
     def of(cls, facts: StudyFacts) -> BlockRoles:
         """Return the roles that a study has measured, by dictionaries of one label as far as its blocks have it."""
         tiers = {block: _preferred(matches) for block, matches in facts.blocks.items()}
-        labels = Counter(label for matches in tiers.values() for label in {match.matches.label for match in matches})
+        labels = Counter(name for matches in tiers.values() for name in {match.name for match in matches})
 
         def rank(match: MatchFacts) -> tuple[int, float]:
             results = match.overall.results
-            return labels[match.matches.label], sum(result.best.ap.value for result in results)
+            return labels[match.name], sum(result.best.ap.value for result in results)
 
         return cls({block: max(tiers[block], key=rank) for block in in_order(facts, tiers)})
 
