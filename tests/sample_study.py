@@ -169,13 +169,18 @@ def write_book(
     explained: Mapping[int, tuple[str, float]] | None = None,
     coverage: float = 0.25,
     data: str = "made",
+    captions: Mapping[int, str] | None = None,
 ) -> None:
-    """Write the book of a dictionary: each feature fires in six images of its colour; some have explanations with an accuracy."""
+    """Write the book of a dictionary: each feature fires in six images of its colour; some have explanations with an accuracy.
+
+    `captions` are the prompts of the images of a feature, by its number.
+    """
     site, _, label = name.partition("/")
     place, album = DictionaryRef(Site.parse(site), label), ImageAlbum(study.images)
     files = [album.add(Image.new("RGB", (8, 8), (20 * feature, 90, 200)))[0] for feature in range(features)]
     shot = Shot(model=study.model, prompt="<b>a star</b>", pixels=(8, 8), steps=1, guidance=0.0, split="held-out")
-    shots = [(6 * feature + i, feature, replace(shot, seed=i)) for feature in range(features) for i in range(6)]
+    prompts = [(captions or {}).get(feature, shot.prompt) for feature in range(features)]
+    shots = [(6 * f + i, f, replace(shot, seed=i, prompt=prompts[f])) for f in range(features) for i in range(6)]
     info = BookInfo(
         dictionary=name,
         kind=label.split("-")[0],

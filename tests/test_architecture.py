@@ -54,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "explanation": {*GROUND, "dictionaries", "features", "miniature", "study"},
     "steering": {*GROUND, "dictionaries", "images", "store", "study"},
     "effects": {*GROUND, "dictionaries", "evaluation", "explanation", "images", "miniature", "steering", "store", "study"},
+    "explore": {*GROUND, "features", "study"},
     "report": {
         *GROUND,
         "dictionaries",
@@ -129,7 +130,9 @@ INNER_DOORS = {
     "explanation.comparison",
     "explanation.endpoint",
     "explanation.questions",
+    "explore.search",
     "features.collecting",
+    "features.detected",
     "features.entries",
     "features.explanations",
     "miniature.captions",

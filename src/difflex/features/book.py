@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar, final
 
 from difflex.errors import BadInput, StaleWork, UnknownName
+from difflex.features.detected import BestConcept
 from difflex.features.entries import (
     AtomImage,
+    CaptionedShot,
     Example,
     ExampleKind,
     FeatureNeighbour,
@@ -193,13 +195,29 @@ class Book:
         rows = self._read(_atom_image, f"SELECT feature, token, shot, {IMAGE_COLUMNS} FROM {table}", feature)
         return rows[0] if rows else None
 
-    def explanations(self, feature: int | None = None) -> list[Explanation]:
-        """Return the explanations of a feature, or of all."""
+    def explanations(self, feature: int | None = None, containing: str = "") -> list[Explanation]:
+        """Return the explanations of a feature, or of all, whose text contains some letters in lower case."""
         columns = ", ".join(field.name for field in fields(Explanation))
-        query = f"SELECT {columns} FROM explanations WHERE feature = ifnull(?, feature) ORDER BY id"
+        condition = "feature = ifnull(?, feature) AND instr(lower(text), ?)"
         return self._read(
-            lambda row: Explanation(**{**row, "descriptions": tuple(json.loads(row["descriptions"]))}), query, feature
+            lambda row: Explanation(**{**row, "descriptions": tuple(json.loads(row["descriptions"]))}),
+            f"SELECT {columns} FROM explanations WHERE {condition} ORDER BY id",
+            feature,
+            containing,
         )
+
+    def captions(self, containing: str = "") -> list[CaptionedShot]:
+        """Return the prompts of all shots that contain some letters in lower case."""
+        prompt = "json_extract(shot, '$.prompt')"
+        query = f"SELECT id, image, {prompt} FROM shots WHERE instr(lower({prompt}), ?) ORDER BY id"
+        return self._read(lambda row: CaptionedShot(*row), query, containing)
+
+    def count_top_images(self, shots: Iterable[int]) -> list[tuple[int, int, int]]:
+        """Return each feature with the number of its top images that are among `shots`, if there are any, and of all of them."""
+        hits = "SELECT feature, count(*) AS among FROM examples WHERE shot IN (SELECT value FROM json_each(?)) AND kind = 'top'"
+        all_top = "(SELECT count(*) FROM examples WHERE examples.feature = hits.feature AND kind = 'top')"
+        query = f"SELECT feature, among, {all_top} FROM ({hits} GROUP BY feature) AS hits"
+        return self._read(lambda row: (row[0], row[1], row[2]), query, json.dumps(sorted(set(shots))))
 
     def judgements(self, explanation: int) -> list[Judgement]:
         """Return the judgements of an explanation in their order."""
@@ -278,14 +296,6 @@ class Book:
     def _query(self, query: str, *values: object) -> list[sqlite3.Row]:
         with sqlite_errors(self.path, ADVICE):
             return self._connection.execute(query, values).fetchall()
-
-
-class BestConcept(NamedTuple):
-    """The known concept that a feature detects best."""
-
-    concept: str
-    ap: float
-    """Average precision on held-out images."""
 
 
 def select_features(

@@ -12,6 +12,7 @@ from difflex.records import Shot, Split
 __all__ = [
     "COVER_THRESHOLD",
     "AtomImage",
+    "CaptionedShot",
     "Example",
     "ExampleKind",
     "FeatureNeighbour",
@@ -46,6 +47,14 @@ class ShotRow(NamedTuple):
     id: int
     image: ImageFile
     shot: Shot
+
+
+class CaptionedShot(NamedTuple):
+    """A shot in a book, by number, with its image and its prompt."""
+
+    shot: int
+    image: int
+    caption: str
 
 
 class Histogram(NamedTuple):

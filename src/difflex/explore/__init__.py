@@ -1,0 +1,1 @@
+"""Search and look at the features of a study."""

@@ -1,0 +1,195 @@
+"""Search the features of a study by words: in concept matches, explanations, and the captions of top images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from difflex.dictionary_config import fingerprint
+from difflex.errors import BadInput, UnknownName
+from difflex.features import Book
+from difflex.features.detected import DetectedConcepts
+from difflex.study import DictionaryRef, Study
+
+__all__ = ["FoundFeature", "resolve_features", "search"]
+
+DETECTS = 0.5
+"""Average precision from which the best feature of a concept ranks before all other results."""
+MEASURE, CHANCE = "accuracy", 0.5
+"""The score of explanations that results are ranked by, and its value for a guess."""
+MIN_IMAGES = 4
+"""Top images that a feature must have for its captions to count."""
+SPECIFIC, CAPTIONS = 0.25, 0.5
+"""How specific captions must be for a word, between 0 (as in all images) and 1; and what that counts, for a caption does not say
+where in the image the feature fires."""
+CLEAR = 0.25
+"""Score from which a result without a concept of that name stands for a word."""
+
+
+class FoundFeature(NamedTuple):
+    """A feature that a search found."""
+
+    place: DictionaryRef
+    feature: int
+    score: float
+    """Between 0 and 1. Average precision for a concept; for an explanation its accuracy, and for captions half of their share,
+    above what a guess or any image would have."""
+    reason: str
+    """Such as "detects red, AP 0.93"."""
+    is_named: bool = False
+    """Whether the feature is the one that detects the concept of exactly this name best."""
+
+    def __str__(self) -> str:
+        return f"feature {self.feature} of {self.place} ({self.reason})"
+
+
+def search(study: Study, words: str | Sequence[str], place: DictionaryRef | None = None, limit: int = 10) -> list[FoundFeature]:
+    """Return the features of a study, or of one dictionary, that fit `words`, best first; each feature once.
+
+    The features that detect a concept of exactly this name come first, with their average precision; then all others by score.
+    """
+    text = words if isinstance(words, str) else " ".join(words)
+    wanted = _stems(text)
+    if not wanted:
+        raise BadInput("There is nothing to search for. Give one or more words: red, or striped stars.")
+    best: dict[tuple[DictionaryRef, int], FoundFeature] = {}
+    searchable = [ref for ref in study.dictionaries() if place in (None, ref) and _is_searchable(study, ref)]
+    if not searchable:
+        raise BadInput(
+            f"{place or study.folder} has no books and no concept matches of its present dictionaries to search. Run difflex "
+            "collect, difflex concepts or both."
+        )
+    for ref in searchable:
+        for found in _in_dictionary(study, ref, text, wanted):
+            key = (ref, found.feature)
+            if key not in best or _rank(found) < _rank(best[key]):
+                best[key] = found
+    return sorted(best.values(), key=_rank)[:limit]
+
+
+def resolve_features(study: Study, words: Sequence[str], place: DictionaryRef | None = None) -> list[FoundFeature]:
+    """Return the best feature for each of `words`, all of one dictionary: `place`, or the one that fits all words best."""
+    places = [place] if place is not None else study.dictionaries()
+    results = [[next(iter(search(study, word, ref, 1)), None) for word in words] for ref in places if _is_searchable(study, ref)]
+    clear = [[found for found in row if found is not None and (found.is_named or found.score >= CLEAR)] for row in results]
+    complete = [row for row in clear if len(row) == len(words)]
+    if not complete:
+        raise _unknown(study, places, words, clear)
+    return max(complete, key=lambda row: (sum(found.is_named for found in row), sum(found.score for found in row)))
+
+
+def _unknown(
+    study: Study, places: Sequence[DictionaryRef], words: Sequence[str], rows: Sequence[Sequence[FoundFeature]]
+) -> UnknownName:
+    """Return the error for words that no feature of a single dictionary fits."""
+    known = [matches for ref in places if (matches := _current_concepts(study, ref)) is not None]
+    names = dict.fromkeys(name for matches in known for name in matches.by_concept)
+    for word in words:
+        for matches in known:
+            rare = [name for name in matches.rare if _stems(name) == _stems(word)]
+            if rare and not any(_stems(name) == _stems(word) for name in names):
+                return UnknownName(
+                    f"No feature is known for '{word}'. It was left out because too rare in {matches.images} images; run difflex "
+                    f"concepts {study.folder} --images {_more(matches.images)}."
+                )
+    if not known and not rows:
+        return UnknownName(
+            f"{study.folder} has no books and no concept matches, so features have numbers only. Run difflex collect."
+        )
+    missing = next((word for word in words if not any(search(study, word, ref, 1) for ref in places)), None)
+    if missing is None and len(words) > 1:
+        return UnknownName(f"No single dictionary has a feature for each of {', '.join(words)}. Name fewer at once.")
+    return UnknownName.among("The feature", missing or words[0], names, f"difflex search {study.folder} WORDS looks for others.")
+
+
+def _more(images: int) -> int:
+    """Return the number of images to match again with: at least three times as many, in thousands."""
+    return -(-3 * images // 1000) * 1000
+
+
+def _is_searchable(study: Study, ref: DictionaryRef) -> bool:
+    return _has_book(study, ref) or _current_concepts(study, ref) is not None
+
+
+def _has_book(study: Study, ref: DictionaryRef) -> bool:
+    """Return whether a dictionary has a book, made when it was as it is now."""
+    if not study.book(*ref).is_file():
+        return False
+    with Book.open(study.book(*ref)) as book:
+        return book.about.fingerprint == fingerprint(study.dictionary(*ref))
+
+
+def _in_dictionary(study: Study, ref: DictionaryRef, words: str, wanted: frozenset[str]) -> Iterator[FoundFeature]:
+    matches = _current_concepts(study, ref)
+    if matches is not None:
+        yield from _by_concept(ref, matches, wanted)
+    if _has_book(study, ref):
+        with Book.open(study.book(*ref)) as book:
+            yield from _by_explanation(ref, book, wanted)
+            yield from _by_captions(ref, book, words)
+
+
+def _current_concepts(study: Study, ref: DictionaryRef) -> DetectedConcepts | None:
+    matches = DetectedConcepts.read(study, ref)
+    return matches if matches is not None and matches.is_current else None
+
+
+def _rank(found: FoundFeature) -> tuple[bool, float, str, int]:
+    return (not found.is_named, -found.score, str(found.place), found.feature)
+
+
+def _by_concept(ref: DictionaryRef, matches: DetectedConcepts, wanted: frozenset[str]) -> Iterator[FoundFeature]:
+    """Yield features whose concept has some of the words; a concept of exactly these words counts in full."""
+    for concept, best in matches.by_concept.items():
+        share = _overlap(wanted, _stems(concept))
+        if share:
+            reason = f"detects {concept}, AP {best.ap:.2f}"
+            yield FoundFeature(ref, best.feature, share * best.ap, reason, share == 1 and best.ap >= DETECTS)
+    shares = {concept: _overlap(wanted, _stems(concept)) for concept in {best.concept for best in matches.by_feature.values()}}
+    for feature, (concept, ap) in matches.by_feature.items():
+        if shares[concept]:
+            yield FoundFeature(ref, feature, shares[concept] * ap, f"detects {concept}, AP {ap:.2f}")
+
+
+def _by_explanation(ref: DictionaryRef, book: Book, wanted: frozenset[str]) -> Iterator[FoundFeature]:
+    """Yield features whose explanation has all the words, by its score."""
+    scores = book.best_scores(MEASURE)
+    for explanation in book.explanations(containing=max(wanted, key=len)):
+        if explanation.state == "done" and wanted <= _stems(explanation.text):
+            score = scores.get(explanation.feature)
+            text = explanation.text if len(explanation.text) <= 60 else explanation.text[:59] + "…"
+            measured = "" if score is None else f", {MEASURE} {score:.2f}"
+            value = 0.0 if score is None else max(0.0, (score - CHANCE) / (1 - CHANCE))
+            yield FoundFeature(ref, explanation.feature, value, f"explained as '{text}'{measured}")
+
+
+def _by_captions(ref: DictionaryRef, book: Book, words: str) -> Iterator[FoundFeature]:
+    """Yield features whose top images have the words in their captions more often than all images of the book."""
+    wanted = _stems(words)
+    shots = book.captions(containing=max(wanted, key=len))
+    hits = [row for row in shots if wanted <= _stems(row.caption)]
+    share = len({row.image for row in hits}) / max(1, book.about.images)
+    if not hits or share >= 1:
+        return
+    for feature, having, images in book.count_top_images([row.shot for row in hits]):
+        specific = (having / images - share) / (1 - share)
+        if images >= MIN_IMAGES and specific >= SPECIFIC:
+            reason = f"fires in images whose captions say {words.strip()}, {having} of {images}"
+            yield FoundFeature(ref, feature, CAPTIONS * specific, reason)
+
+
+def _overlap(wanted: frozenset[str], others: frozenset[str]) -> float:
+    """Return the share of common words among all words of both."""
+    return len(wanted & others) / max(1, len(wanted | others))
+
+
+def _stems(text: str) -> frozenset[str]:
+    return frozenset(_stem(word) for word in re.findall(r"\w+", text.lower()))
+
+
+def _stem(word: str) -> str:
+    """Return a word without the ending of a plural."""
+    if len(word) > 4 and re.search(r"(?:s|x|ch|sh)es$", word):
+        return word[:-2]
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
