@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from difflex.errors import BadInput
-from difflex.records import KINDS, STREAMS, Shot, Site
+from difflex.records import KINDS, STREAMS, Edit, Shot, Site
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,3 +51,11 @@ def test_records_are_frozen():
     with pytest.raises(FrozenInstanceError):
         shot.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
     assert len({shot, shot}) == 1
+
+
+def test_a_site_may_be_written_as_text_wherever_a_record_has_one():
+    edit = Edit(operation="add", site="double.2:text", dictionary="double.2:text/topk-8-k2", features=(1,))  # pyright: ignore
+    assert (edit.site, edit.dictionary) == (Site("double.2", stream="text"), "topk-8-k2")
+    assert Site.parse(edit.site) is edit.site
+    with pytest.raises(BadInput, match="7 is not a site"):
+        Edit(operation="add", site=7, dictionary="d", features=(1,))  # pyright: ignore

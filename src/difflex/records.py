@@ -59,8 +59,12 @@ class Site:
     """Image tokens are averaged: a quarter of the token, half of the 3 x 3 tokens around it, a quarter of the whole image."""
 
     @classmethod
-    def parse(cls, text: str) -> Site:
-        """Parse a site from its notation."""
+    def parse(cls, text: str | Site) -> Site:
+        """Parse a site from its notation; a site stays as it is."""
+        if isinstance(text, Site):
+            return text
+        if not isinstance(text, str):
+            raise BadInput(f"{shown(text)} is not a site. Write PATH[:KIND][:STREAM][:{SMOOTH}], such as 'double.1'.")
         path, *rest = text.split(":")
         kind, stream = max(KINDS, key=rest.count), max(STREAMS, key=rest.count)  # by default the first
         if not path or len(set(rest)) < len(rest) or not set(rest) <= {kind, stream, SMOOTH}:
@@ -129,6 +133,9 @@ class Activations:
     shots: tuple[Shot, ...]
     grid: tuple[int, int] | None
     """Rows and columns of the image tokens, in row-major order; None for text."""
+
+    def __post_init__(self) -> None:
+        parse_site(self)
 
 
 @dataclass(frozen=True)
@@ -208,8 +215,9 @@ class Edit:
     features and keep what the dictionary does not reconstruct: `set` them to the strength, `scale` them by it, `ablate` them,
     or `transplant` them from another generation. `replace` writes strength times the features' directions and nothing else."""
     site: Site
+    """A text such as `double.18` is parsed."""
     dictionary: str | None = None
-    """The label of the dictionary that the features are of."""
+    """The label of the dictionary that the features are of, or SITE/LABEL."""
     features: tuple[int, ...] = ()
     contrast: str | None = None
     """Instead of a dictionary: the name of a contrast direction, which is the only feature."""
@@ -229,6 +237,9 @@ class Edit:
 
     def __post_init__(self) -> None:
         """Refuse what is no edit: values of another type, unknown choices, numbers out of range, impossible combinations."""
+        parse_site(self)
+        if isinstance(self.dictionary, str):
+            object.__setattr__(self, "dictionary", self.dictionary.removeprefix(f"{self.site}/"))
         check_fields(self)
         _check_region(self.region)
         self._check_features()
@@ -260,6 +271,16 @@ class Edit:
             raise BadInput(f"There is no feature {min(self.features)}: they are numbered from 0.")
         if len(set(self.features)) < len(self.features):
             raise BadInput(f"A feature is named twice: {shown(self.features)}. Name each once.")
+
+
+def parse_site(record: Any) -> None:
+    """Replace the text in the field `site` of a frozen record by the site that it names."""
+    object.__setattr__(record, "site", Site.parse(record.site))
+
+
+def model_name(model: str, revision: str | None) -> str:
+    """Return how messages name a model."""
+    return f"{model}@{revision}" if revision else model
 
 
 def check_contrast_name(name: str) -> None:

@@ -18,7 +18,7 @@ from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.sparse import sparse_matmul
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.files import Json
-from difflex.records import Codes, Site
+from difflex.records import Codes, Site, parse_site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,9 @@ class DictionaryOrigin:
     revision: str | None = None
     training: Mapping[str, Json] = field(default_factory=dict)
     """How it was made (configuration, seed, data, tokens), as plain JSON."""
+
+    def __post_init__(self) -> None:
+        parse_site(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,8 +55,6 @@ class StudyEditor:
 
     def features(self, edit: Edit) -> EditFeatures:
         """Return the features that `edit` changes."""
-        if (edit.dictionary is None) == (edit.contrast is None):
-            raise BadInput(f"The edit at {edit.site} must name a dictionary or a contrast: one of the two.")
         if edit.dictionary is None and edit.contrast is None:
             raise BadInput(f"The edit at {edit.site} must name a dictionary or a contrast: one of the two.")
         place = DictionaryRef(edit.site, edit.dictionary or "")
@@ -110,11 +108,7 @@ class StudyEditor:
         return Contrast.load(self.study.contrast(name))
 
     def _dictionary(self, place: DictionaryRef) -> Dictionary:
-        places = self.study.dictionaries()
-        if place not in places:
-            advice = "difflex train and difflex itda make dictionaries."
-            raise UnknownName.among("The dictionary", str(place), map(str, places), advice)
-        return Dictionary.load(self.study.dictionary(*place))
+        return Dictionary.load(self.study.dictionary(*self.study.find_dictionary(str(place))))
 
     def _scales(self, place: DictionaryRef) -> FeatureScales:
         """Return the scales of a dictionary; measure and store them if the study has none."""

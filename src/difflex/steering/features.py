@@ -14,7 +14,7 @@ from torch import Tensor
 
 from difflex.dictionaries import Dictionary, DictionaryOrigin
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, StaleWork, UnknownName
-from difflex.records import ActivationBatch, HookContext, Site
+from difflex.records import ActivationBatch, HookContext, Site, model_name
 from difflex.tensors import read_tensors, write_tensors
 from difflex.values import check_fields
 
@@ -89,7 +89,7 @@ def check_origin(name: str, origin: DictionaryOrigin, site: Site, model: str, re
     if origin.site != site:
         raise StaleWork(f"{name} was made for {origin.site}, but the edit is at {site}. Edit {origin.site}.")
     if origin.model is not None and not (_is_same(origin.model, model) and origin.revision == revision):
-        made_for, used = f"{origin.model}@{origin.revision}", f"{model}@{revision}"
+        made_for, used = model_name(origin.model, origin.revision), model_name(model, revision)
         raise StaleWork(f"{name} was made for {made_for}, but the model is {used}. Use {made_for}.")
 
 

@@ -13,7 +13,7 @@ from difflex._version import __version__
 from difflex.choices import Precision
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.files import disk_errors, read_json, write_json
-from difflex.records import Site
+from difflex.records import Site, model_name
 from difflex.study.settings import StudySettings
 
 FORMAT = 1
@@ -128,7 +128,7 @@ class Study:
         """Raise an error for another model than that of the study."""
         if (self.model, self.revision) != (model, revision):
             raise StaleWork(
-                f"{self.folder} studies {_model_name(self.model, self.revision)}, not {_model_name(model, revision)}. "
+                f"{self.folder} studies {model_name(self.model, self.revision)}, not {model_name(model, revision)}. "
                 "Name another folder: a study has one model."
             )
 
@@ -143,11 +143,11 @@ class Study:
         folders = [place for place in _children(self.activations) if any(map(_is_stored, _children(place)))]
         return {_parse_site(folder): folder for folder in folders}
 
-    def dictionary(self, site: Site, label: str) -> Path:
+    def dictionary(self, site: Site | str, label: str) -> Path:
         """The folder of a dictionary."""
-        return self.folder / "dictionaries" / site.folder / label
+        return self.folder / "dictionaries" / Site.parse(site).folder / label
 
-    def growing_dictionary(self, site: Site, name: str) -> Path:
+    def growing_dictionary(self, site: Site | str, name: str) -> Path:
         """The folder of a dictionary until its size, and so its label, is known."""
         return self.dictionary(site, GROWING + name)
 
@@ -199,9 +199,9 @@ class Study:
             groups.setdefault((ref.site, ref.label.partition("-")[0]), []).append(ref)
         return [max(refs, key=_shape) for refs in groups.values()]
 
-    def evaluation(self, site: Site, label: str) -> Path:
+    def evaluation(self, site: Site | str, label: str) -> Path:
         """The file with the evaluation of a dictionary."""
-        return self.folder / "evaluation" / site.folder / f"{label}.json"
+        return self.folder / "evaluation" / Site.parse(site).folder / f"{label}.json"
 
     @property
     def anatomy(self) -> Path:
@@ -213,13 +213,13 @@ class Study:
         """The folder with the figures of the anatomy."""
         return self.folder / "anatomy"
 
-    def concepts(self, site: Site, label: str) -> Path:
+    def concepts(self, site: Site | str, label: str) -> Path:
         """The file with the concepts that the features of a dictionary, or of a baseline, detect."""
-        return self.folder / "concepts" / site.folder / f"{label}.json"
+        return self.folder / "concepts" / Site.parse(site).folder / f"{label}.json"
 
-    def book(self, site: Site, label: str) -> Path:
+    def book(self, site: Site | str, label: str) -> Path:
         """The file of a dictionary's book."""
-        return self.folder / "books" / site.folder / f"{label}.sqlite"
+        return self.folder / "books" / Site.parse(site).folder / f"{label}.sqlite"
 
     @property
     def images(self) -> Path:
@@ -231,17 +231,17 @@ class Study:
         """The folder of the answers of VLMs and their evaluation."""
         return self.folder / "explanations"
 
-    def scales(self, site: Site, label: str) -> Path:
+    def scales(self, site: Site | str, label: str) -> Path:
         """The file with the units of strength of a dictionary's features."""
-        return self.folder / "steering" / "scales" / site.folder / f"{label}.safetensors"
+        return self.folder / "steering" / "scales" / Site.parse(site).folder / f"{label}.safetensors"
 
     def contrast(self, name: str) -> Path:
         """The file of a contrast direction."""
         return self.folder / "steering" / "contrasts" / f"{name}.safetensors"
 
-    def steering(self, site: Site, label: str) -> Path:
+    def steering(self, site: Site | str, label: str) -> Path:
         """The file with the results of steering with a dictionary's features."""
-        return self.folder / "steering" / "judged" / site.folder / f"{label}.json"
+        return self.folder / "steering" / "judged" / Site.parse(site).folder / f"{label}.json"
 
     def removal(self, refs: Sequence[DictionaryRef]) -> Path:
         """The file with the results of removing concepts with the features of several dictionaries at once."""
@@ -254,9 +254,9 @@ class Study:
         sites = _children(self.folder / "steering" / "removal")
         return [path for site in sites for path in _children(site) if path.suffix == ".json"]
 
-    def findings(self, site: Site) -> Path:
+    def findings(self, site: Site | str) -> Path:
         """The file with the findings of steering experiments at a site."""
-        return self.folder / "steering" / "findings" / f"{site.folder}.json"
+        return self.folder / "steering" / "findings" / f"{Site.parse(site).folder}.json"
 
 
 def _children(folder: Path) -> list[Path]:
@@ -276,10 +276,6 @@ def _is_file(path: Path) -> bool:
 
 def _parse_site(folder: Path) -> Site:
     return Site.parse(folder.name.replace("+", ":"))
-
-
-def _model_name(model: str, revision: str | None) -> str:
-    return f"{model}@{revision}" if revision else model
 
 
 def _shape(ref: DictionaryRef) -> tuple[int, int, int]:
