@@ -28,7 +28,7 @@ from difflex.pipeline import Pipeline, embedded
 from difflex.pipeline.components import PLANS, ComponentPlan, build_untrained
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import family_of
-from difflex.pipeline.sources import ModelSource, read_defaults
+from difflex.pipeline.sources import read_defaults
 from difflex.records import Shot
 
 torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def shrunk_flux() -> Pipeline:
     plan, family = PLANS[FLUX]._replace(components=parts), family_of("FluxPipeline")
     pipeline = build_untrained(plan, 0, torch.float32, torch.device("cpu"))
     pipeline.set_progress_bar_config(disable=True)
-    return Pipeline(Engine(pipeline, family, read_defaults(None, family, plan)), ModelSource(FLUX, None, None), "fp32")
+    return Pipeline(Engine(pipeline, family, read_defaults(None, family, plan)), FLUX, None, "fp32")
 
 
 def shots_of(pipe: Pipeline, count: int, pixels: tuple[int, int] | None = None) -> list[Shot]:

@@ -9,7 +9,7 @@ import torch
 from difflex.pipeline import Pipeline
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import FAMILIES, Family, family_of
-from difflex.pipeline.sources import ModelDefaults, ModelSource
+from difflex.pipeline.sources import ModelDefaults
 from difflex.testing import tiny_pipeline
 
 ROWS = [pytest.param(family, name, id=name) for family in FAMILIES for name in family.pipelines]
@@ -42,7 +42,7 @@ def test_the_row_of_flux2_fits_its_pipeline_with_the_large_text_encoder(monkeypa
     diffusers_pipeline = diffusers.Flux2Pipeline(text_encoder=None, **components)  # pyright: ignore[reportArgumentType]
     diffusers_pipeline.set_progress_bar_config(disable=True)
     defaults = ModelDefaults(steps=2, guidance=4.0, pixels=((32, 32),), text_length=24)
-    pipe = Pipeline(Engine(diffusers_pipeline, family_of("Flux2Pipeline"), defaults), ModelSource("flux2", None, None), "fp32")
+    pipe = Pipeline(Engine(diffusers_pipeline, family_of("Flux2Pipeline"), defaults), "flux2", None, "fp32")
     rows = pipe.sites()
     assert {str(row.site) for row in rows} >= {"double.0", "double.1:text", "single.2"}
     shots = list(pipe.shots(["a star", "a moon"]))

@@ -93,7 +93,7 @@ def load(
     elif offload:
         pipeline.enable_model_cpu_offload(device=device)
         engine.offloaded = True
-    return Pipeline(engine, source, precision)
+    return Pipeline(engine, source.name, source.revision, precision)
 
 
 class PrecisionFit(NamedTuple):

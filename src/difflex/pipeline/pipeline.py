@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, final, get_args
+from typing import NamedTuple, get_args
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from difflex.pipeline.noising import ImageInput, harvest_images, losses, noise_l
 from difflex.pipeline.profile import SiteRow, site_rows
 from difflex.pipeline.prompts import check_prompt
 from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site
-from difflex.pipeline.sources import ModelSource, check_pixels, check_seed
+from difflex.pipeline.sources import check_pixels, check_seed
 from difflex.records import Activations, EditOutcomes, Half, Kind, Shot, Site
 from difflex.values import fits, shown
 
@@ -36,13 +36,12 @@ class GeneratedImage(NamedTuple):
     shot: Shot
 
 
-@final
 class Pipeline:
     """A text-to-image model: a diffusers pipeline with its default settings and its sites."""
 
-    def __init__(self, engine: Engine, source: ModelSource, precision: Precision) -> None:
-        self.name = source.name
-        self.revision = source.revision
+    def __init__(self, engine: Engine, name: str, revision: str | None, precision: Precision) -> None:
+        self.name = name
+        self.revision = revision
         self.precision: Precision = precision
         self.engine = engine
 
