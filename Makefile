@@ -8,7 +8,7 @@ READY := .venv/ready
 SHAPES := --jaxtyping-packages='difflex,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style check attack bench peers
+.PHONY: help demo test style check attack docs bench peers
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -45,6 +45,10 @@ attack: $(READY)  ## run every command on damaged, full and forbidden disks, kil
 	@echo "attack: nothing may be lost, hang or end with a traceback"
 	@$(BIN)/python -m tests.attack
 
+docs: .venv/docs-ready  ## build the documentation as a site: site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: open site/index.html in a browser"
+
 bench: $(READY)  ## run every benchmark and compare it with its bar
 	@failed=; for script in benchmarks/*.py; do \
 		echo "bench: $$script"; $(BIN)/python $$script || failed="$$failed $$script"; done; \
@@ -58,6 +62,11 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setup: installing difflex and what it needs into .venv with $(PYTHON) (minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/docs-ready: $(READY)
+	@echo "setup: installing what builds the documentation into .venv"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 # The peers pin other versions of our dependencies, and some change torch when imported, so they have their own environment.
