@@ -68,7 +68,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(difflex, "load", fake, raising=False)
     monkeypatch.setattr(Engine, "set_defaults", end)
-    monkeypatch.setattr("difflex.commands.inputs._has_gpu", lambda: True)
+    monkeypatch.setattr("difflex.explore.inputs.has_gpu", lambda: True)
     return arguments
 
 

@@ -23,7 +23,6 @@ from difflex.commands.forecast import (
     profile_or_unknown,
 )
 from difflex.commands.harvest import HarvestCommand
-from difflex.commands.inputs import CAPTIONS, UNTRAINED, read_prompts
 from difflex.commands.memory import (
     COLLECTED,
     dictionary_bytes,
@@ -38,6 +37,7 @@ from difflex.commands.memory import (
 from difflex.commands.study import ReportCommand
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
 from difflex.errors import DifflexError
+from difflex.explore.inputs import CAPTIONS, UNTRAINED, read_prompts
 from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import ModelProfile
 from difflex.records import Shot, Site

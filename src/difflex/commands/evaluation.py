@@ -23,9 +23,10 @@ from difflex.commands.flags import (
     Pixels,
     StudyModelCommand,
 )
-from difflex.commands.inputs import load_study_model, narrowed, open_study, read_prompts, study_pixels
+from difflex.commands.inputs import load_study_model, narrowed, open_study, study_pixels
 from difflex.dictionary_config import read_config
 from difflex.errors import BadInput, OutOfMemory
+from difflex.explore.inputs import read_prompts
 from difflex.images import check_output
 from difflex.records import Activations, Shot, Site
 from difflex.study import Study

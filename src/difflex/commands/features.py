@@ -1,7 +1,6 @@
 """`difflex collect`, `features` and `show`: make the books of dictionaries, list their features, draw the sheet of one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -25,12 +24,13 @@ from difflex.commands.flags import (
     StudyModelCommand,
     number,
 )
-from difflex.commands.inputs import load_study_model, open_book, open_study, read_prompts, study_pixels
+from difflex.commands.inputs import load_study_model, open_book, open_study, study_pixels
 from difflex.dictionary_config import fingerprint
 from difflex.errors import BadInput
+from difflex.explore.inputs import read_prompts
 from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
 from difflex.features.entries import FeatureStats
-from difflex.files import folder_lock, parsing, read_json
+from difflex.files import parsing, read_json
 from difflex.images import check_image_path, write_image
 from difflex.study import Command, DictionaryRef, Study
 from difflex.tables import text_table
@@ -94,7 +94,7 @@ class CollectCommand(StudyModelCommand):
     """Images per forward pass."""
 
     def __call__(self) -> list[Path]:
-        from difflex.features.collecting import CollectConfig, collect_study
+        from difflex.features.collecting import CollectConfig, books_locked, collect_study
         from difflex.steering import StudyEditor
 
         if sum(map(bool, (self.prompts, self.folder, self.drawn_world))) > 1:
@@ -107,9 +107,7 @@ class CollectCommand(StudyModelCommand):
         refs = (study.select_largest if self.largest else study.select_dictionaries)(self.site, self.dictionary)
         counts = {name: getattr(self, name) for name in ("top_examples", "random_examples", "silent_examples")}
         editor, stores = StudyEditor(study), study.stores()
-        with ExitStack() as locks:
-            for folder in dict.fromkeys([study.folder / "books", study.images, *(study.book(*ref).parent for ref in refs)]):
-                locks.enter_context(folder_lock(folder))
+        with books_locked(study, refs):
             books = collect_study(
                 study,
                 refs,

@@ -11,7 +11,7 @@ from difflex.choices import StoredDtype
 from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, TOKENS, Bytes, KeptSteps, ModelCommand, Pixels, Seeds
 from difflex.errors import BadInput
 from difflex.images import check_output
-from difflex.study import Study
+from difflex.study import Study, StudySettings
 
 __all__ = ["HarvestCommand"]
 
@@ -55,9 +55,9 @@ class HarvestCommand(ModelCommand):
     """The largest size of the activations on disk, as in 100GB; checked before anything is written."""
 
     def __call__(self) -> list[Path]:
-        from difflex.commands.inputs import CAPTIONS, harvest_settings, read_prompts, study_shots
         from difflex.devices import use_gpu_of_rank
         from difflex.distributed import Ranks
+        from difflex.explore.inputs import CAPTIONS, harvest_settings, read_prompts, study_shots
         from difflex.store import RecordingConfig, record
 
         check_output(self.out / "study.json")
@@ -79,7 +79,7 @@ class HarvestCommand(ModelCommand):
         )
         config.check_folder(Study(folder=self.out, model="").activations, self.site)  # before minutes of loading
         pipe = self.load(self.out)
-        study, settings = Study.open_or_plan(self.out, pipe.name, pipe.revision), harvest_settings(pipe, self)
+        study, settings = Study.open_or_plan(self.out, pipe.name, pipe.revision), harvest_settings(pipe, self._wishes())
         shots, source = study_shots(pipe, settings, prompts)
         harvest, config = partial(pipe.harvest, progress=False), replace(config, source=source)
         begin = partial(study.keep_settings, settings)
@@ -88,3 +88,18 @@ class HarvestCommand(ModelCommand):
             state = "complete" if store.complete else "the share of this process is done"
             print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
         return [store.folder for store in stores]
+
+    def _wishes(self) -> StudySettings:
+        """Return what the flags say about the settings of the study."""
+        kept = self.keep_steps
+        return StudySettings(
+            pixels=self.pixels,
+            steps=self.steps,
+            guidance=self.guidance,
+            prompts=self.prompts,
+            prompts_column=self.prompts_column,
+            prompts_revision=self.prompts_revision,
+            shuffle=self.shuffle,
+            seeds=(self.seeds.start, self.seeds.stop),
+            keep_steps=None if kept is None else (kept.start, kept.stop, *((kept.step,) if kept.step > 1 else ())),
+        )

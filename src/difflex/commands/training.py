@@ -126,8 +126,9 @@ class TrainCommand(StudyImagesCommand):
         """Train on the activations of the study's model while it runs."""
         from functools import partial
 
-        from difflex.commands.inputs import CAPTIONS, load_study_model, open_study, read_prompts, study_shots
+        from difflex.commands.inputs import load_study_model, open_study
         from difflex.devices import use_gpu_of_rank
+        from difflex.explore.inputs import CAPTIONS, read_prompts, study_shots
         from difflex.store.live import LiveSites
         from difflex.training.study import train_live
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from difflex.features.firing import image_key
 from difflex.features.images import ImageAlbum
 from difflex.features.registry import CollectBatch, CollectCheckpoint, ShotRegistry
 from difflex.features.results import AtomLocation, CollectTarget, write_book
-from difflex.files import disk_errors, file_sha256, parsing
+from difflex.files import disk_errors, file_sha256, folder_lock, parsing
 from difflex.images import open_image
 from difflex.records import Activations, Shot, Site
 from difflex.store import Store
@@ -36,6 +37,7 @@ __all__ = [
     "CollectConfig",
     "CollectTarget",
     "PromptedImage",
+    "books_locked",
     "collect",
     "collect_study",
     "image_files",
@@ -337,6 +339,15 @@ def collect_study(
             images=source.images,
         )
     return [CollectedBook(study.book(*ref), ref not in missing) for ref in refs]
+
+
+@contextmanager
+def books_locked(study: Study, refs: Sequence[DictionaryRef]) -> Iterator[None]:
+    """Keep other processes from collecting the books of these dictionaries."""
+    with ExitStack() as locks:
+        for folder in dict.fromkeys([study.folder / "books", study.images, *(study.book(*ref).parent for ref in refs)]):
+            locks.enter_context(folder_lock(folder))
+        yield
 
 
 def _discard_explanations(study: Study, refs: Sequence[DictionaryRef]) -> None:

@@ -1,0 +1,147 @@
+"""What commands and the Python interface open in the same way: prompts, shots of a harvest, the model and books of a study."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from difflex.dictionary_config import fingerprint
+from difflex.errors import BadInput, UnknownName
+from difflex.features import Book
+from difflex.files import file_sha256
+from difflex.records import Shot
+from difflex.study import DictionaryRef, Study, StudySettings
+
+if TYPE_CHECKING:
+    from difflex.pipeline import Pipeline
+
+__all__ = [
+    "CAPTIONS",
+    "UNTRAINED",
+    "PromptSource",
+    "harvest_settings",
+    "harvested_settings",
+    "load_model",
+    "model_arguments",
+    "open_book",
+    "read_prompts",
+    "study_shots",
+]
+
+CAPTIONS = "captions"
+"""The name of the captions of the drawn world, where a file of prompts is expected."""
+UNTRAINED = "untrained-"
+"""What the revision of a model with random weights begins with."""
+AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")
+
+
+class PromptSource(NamedTuple):
+    """Prompts and where they come from."""
+
+    texts: Iterable[str]
+    source: str
+    """Identifies the prompts: a checksum for a file, else the name."""
+    is_endless: bool
+
+
+def read_prompts(name: str, shuffle: int | None, column: str | None = None, revision: str | None = None) -> PromptSource:
+    """Read the prompts of the file, folder or data set `name`, shuffled by a seed if one is given; or `captions`, without end."""
+    from difflex import pipeline
+    from difflex.miniature.captions import endless_captions
+
+    if name == CAPTIONS and not Path(name).exists():
+        if shuffle is not None:
+            raise BadInput("--shuffle needs a file of prompts: the captions of the drawn world are random already. Leave it out.")
+        return PromptSource(endless_captions(), CAPTIONS, True)
+    texts: Iterable[str] = pipeline.read_prompts(name, column, revision)
+    content = f"sha256:{file_sha256(Path(name))}" if Path(name).is_file() else name
+    if shuffle is not None:
+        texts = list(texts)
+        random.Random(shuffle).shuffle(texts)
+    return PromptSource(texts, ":".join(filter(None, (content, column, revision))), False)
+
+
+def harvest_settings(pipe: Pipeline, wishes: StudySettings) -> StudySettings:
+    """Return the settings of a harvest for the study: `wishes`, with what they leave to the model filled in."""
+    shot = next(pipe.shots("", steps=wishes.steps, pixels=wishes.pixels, guidance=wishes.guidance))
+    is_path = wishes.prompts is not None and Path(wishes.prompts).exists()
+    return replace(
+        wishes,
+        precision=pipe.precision,
+        offload=pipe.engine.offloaded,
+        text_length=pipe.engine.text_length,
+        pixels=shot.pixels,
+        steps=shot.steps,
+        guidance=shot.guidance,
+        prompts=str(Path(wishes.prompts or "").resolve()) if is_path else wishes.prompts,
+    )
+
+
+def study_shots(pipe: Pipeline, settings: StudySettings, prompts: PromptSource) -> tuple[Iterator[Shot], str]:
+    """Return the shots of a study's harvest, from the first one on, and what identifies their prompts and seeds."""
+    seeds = range(*settings.seeds)
+    kept = None if settings.keep_steps is None else range(*settings.keep_steps)
+    order = "in order" if settings.shuffle is None else f"shuffled by {settings.shuffle}"
+    shots = pipe.shots(prompts.texts, seeds, settings.steps, kept, settings.pixels, settings.guidance)
+    return shots, f"{prompts.source} {order}, seeds {seeds.start}:{seeds.stop}"
+
+
+def harvested_settings(study: Study) -> StudySettings:
+    """Return the settings of a study; of one that kept none, those of the first shot that it stored."""
+    if study.settings.precision is None:
+        from difflex.store import Store
+
+        for folder in study.stores().values():
+            shot = Store.open(folder).shot(0)
+            names = ("precision", "text_length", "pixels", "steps", "guidance")
+            return replace(study.settings, **{name: getattr(shot, name) for name in names})
+    return study.settings
+
+
+def load_model(
+    load: Callable[..., AnyPipeline], study: Study, *, is_asked_to_offload: bool = False, offline: bool = False
+) -> AnyPipeline:
+    """Return the model of a study, which `load` loads, in its revision, with the settings of the study as defaults."""
+    settings = study.settings
+    offload = settings.offload and (is_asked_to_offload or has_gpu())  # on a CPU, only what was asked for warns
+    pipe = load(
+        study.model,
+        precision=settings.precision,
+        offload=offload,
+        offline=offline,
+        text_length=settings.text_length,
+        **model_arguments(study),
+    )
+    pipe.engine.set_defaults(settings.pixels, settings.steps, settings.guidance)
+    return pipe
+
+
+def has_gpu() -> bool:
+    """Return whether models are loaded to a GPU."""
+    from difflex.devices import find_device
+
+    return find_device().type == "cuda"
+
+
+def model_arguments(study: Study) -> dict[str, Any]:
+    """Return the revision on the hub, or the seed of the random weights, of the model of a study."""
+    match = re.fullmatch(rf"{UNTRAINED}(\d{{1,19}})", study.revision or "")
+    return {"revision": None, "untrained": int(match[1])} if match else {"revision": study.revision, "untrained": None}
+
+
+def open_book(study: Study, ref: DictionaryRef) -> Book:
+    """Open the book of a dictionary for reading; it must be whole, and of the dictionary as it is now."""
+    path, folder = study.book(*ref), study.dictionary(*ref)
+    if not path.is_file():
+        raise UnknownName(f"{ref} has no book yet. Run difflex collect to make it.")
+    book = Book.open(path)
+    try:
+        book.verify(fingerprint(folder))
+    except BaseException:
+        book.close()
+        raise
+    return book
