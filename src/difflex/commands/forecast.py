@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from difflex.choices import Precision
 from difflex.commands.flags import StudyImagesCommand
-from difflex.commands.inputs import UNTRAINED
 from difflex.devices import find_device, free_memory, gather_rate, machine_rate
 from difflex.errors import DifflexError
+from difflex.explore.inputs import UNTRAINED
 from difflex.pipeline import ModelProfile, profile_model
 from difflex.records import Shot, Site
 from difflex.store import Store, format_size
