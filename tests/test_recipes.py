@@ -301,7 +301,7 @@ def test_the_studies_of_the_drawn_world_take_the_blocks_that_their_model_has(tmp
     )
     assert sites(full) == [*plain, *smooth, "double.1:neurons", "double.1"]
     explained = next(each for each in full.commands if isinstance(each, ExplainCommand))
-    assert explained.dictionary[-1] == "double.1:neurons/neurons-512-k32"
+    assert explained.dictionary[-1] == "double.1:neurons/neurons-512-k16"
     with pytest.raises(BadInput, match=r"of a FLUX, but the blocks of '.*sdxl' are: down"):
         mini(tmp_path, model=str(tiny_folder("sdxl", tmp_path / "sdxl")))
 

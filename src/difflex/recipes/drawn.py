@@ -78,9 +78,9 @@ def mini_full(
     harvest = HarvestCommand(**loading, site=(middle, *near, *smooth), tokens=tokens, steps=4)
     train = TrainCommand(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2 * tokens)
     itda = ItdaCommand(study=folder, site=(middle,), k=16, size=(2048,), tokens=max(1, tokens // 10))
-    label, neurons = "topk-2048-k32", f"{middle}:neurons/neurons-{blocks.neurons}-k32"
-    compared = (f"{middle}/{label}", f"{middle}/itda-2048-k32-first{itda.tokens}", neurons)
-    shown, control = {site: f"{site}:{SMOOTH}/{label}" for site in sites}, folder / "untrained"
+    itda_label, neurons = f"itda-2048-k16-first{itda.tokens}", f"{middle}:neurons/neurons-{blocks.neurons}-k16"
+    compared = (f"{middle}/topk-2048-k16", f"{middle}/{itda_label}", neurons)
+    shown, control = {site: f"{site}:{SMOOTH}/topk-2048-k32" for site in sites}, folder / "untrained"
     concepts = ConceptsCommand(studies=(folder,), noise=LEVELS)
     explain = ExplainCommand(studies=(folder, control), dictionary=(shown[middle], *compared), random_features=500)
     collect = CollectCommand(study=folder, dictionary=explain.dictionary, drawn_world=True, images=2000, noise=(LATE,))
@@ -98,10 +98,10 @@ def mini_full(
             replace(train, site=smooth, k=(32,)),
             *(replace(train, normalisation=normalisation) for normalisation in ("none", "whiten")),
             replace(itda, size=(512, 2048, 4096)),
-            *(replace(itda, **changes) for changes in ({"k": 8}, {"k": 32}, {"site": near})),
+            *(replace(itda, **changes) for changes in ({"k": 8}, {"site": near})),
             *neurons_of(harvest, middle, (8, 16, 32), tokens=max(1, tokens // 5)),
             EvaluateCommand(study=folder, effect_shots=EFFECT),
-            *_control(control, harvest, replace(train, k=(32,))),
+            *_control(control, harvest, train),
             replace(concepts, site=smooth, no_baselines=True),
             replace(concepts, dictionary=compared),
             replace(concepts, studies=(control,)),
@@ -112,7 +112,7 @@ def mini_full(
             replace(steer, dictionary=(shown[near[0]],), groups=("shape",)),
             replace(steer, dictionary=(shown[near[-1]],), groups=("background", "style")),
             RemovalCommand(study=folder, dictionary=(removed,), images=16, features=(1, 2, 4), strength=(0.0, -1.0, -2.0, -4.0)),
-            FindingsCommand(study=folder, site=middle, trials=6, pairs=(1, 5, 20, 80)),
+            FindingsCommand(study=folder, site=middle, trials=6, pairs=(1, 5, 20, 80, 160)),
             ReportCommand(study=folder),
         ),
     )
