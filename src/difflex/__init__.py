@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from difflex.dictionaries import ITDA, Dictionary, Neurons
     from difflex.errors import DifflexError
     from difflex.evaluation import evaluate
+    from difflex.explore.activations import grow_itda, train_sae
+    from difflex.explore.model import Model, load, open_study
     from difflex.miniature import Scenes, draw
-    from difflex.pipeline import Pipeline, load
+    from difflex.pipeline import Pipeline
     from difflex.records import Activations, Codes, Edit, Shot, Site
     from difflex.steering import steer
     from difflex.store import LiveActivations, Store, record
@@ -26,6 +28,7 @@ HOMES = {
     "Edit": "difflex.records",
     "ITDA": "difflex.dictionaries",
     "LiveActivations": "difflex.store",
+    "Model": "difflex.explore.model",
     "Neurons": "difflex.dictionaries",
     "Pipeline": "difflex.pipeline",
     "Scenes": "difflex.miniature",
@@ -36,10 +39,13 @@ HOMES = {
     "draw": "difflex.miniature",
     "evaluate": "difflex.evaluation",
     "fit": "difflex.training",
-    "load": "difflex.pipeline",
+    "grow_itda": "difflex.explore.activations",
+    "load": "difflex.explore.model",
+    "open_study": "difflex.explore.model",
     "record": "difflex.store",
     "run_study": "difflex.study",
     "steer": "difflex.steering",
+    "train_sae": "difflex.explore.activations",
 }
 
 __all__ = [
@@ -50,6 +56,7 @@ __all__ = [
     "DifflexError",
     "Edit",
     "LiveActivations",
+    "Model",
     "Neurons",
     "Pipeline",
     "Scenes",
@@ -60,10 +67,13 @@ __all__ = [
     "draw",
     "evaluate",
     "fit",
+    "grow_itda",
     "load",
+    "open_study",
     "record",
     "run_study",
     "steer",
+    "train_sae",
 ]
 
 

@@ -1,0 +1,285 @@
+"""`load` and `open_study`: a model that harvests, generates and is steered in a line each, and a study that holds the results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial, wraps
+from pathlib import Path
+from typing import ParamSpec, final, overload
+
+from torch import Tensor
+
+from difflex.errors import BadInput, UnknownName
+from difflex.explore.activations import SiteActivations
+from difflex.explore.dictionary import FeatureDictionary, Features, found_features
+from difflex.explore.display import caption, facts, heading, scrolled, table
+from difflex.explore.edits import Editing, FeatureEdits
+from difflex.explore.images import Images
+from difflex.explore.inputs import CAPTIONS, harvest_settings, harvested_settings, load_model, read_prompts, study_shots
+from difflex.explore.search import search
+from difflex.explore.workspace import Workspace, temporary_folder
+from difflex.files import write_file
+from difflex.pipeline import Pipeline
+from difflex.pipeline import load as load_pipeline
+from difflex.records import HookContext, Site
+from difflex.store import RecordingConfig, record
+from difflex.study import Study, StudySettings
+from difflex.values import fits, shown
+
+__all__ = ["Model", "OpenStudy", "load", "open_study"]
+
+BLOCKS = 8
+"""Blocks that are named one by one."""
+Parameters = ParamSpec("Parameters")
+SiteFunction = Callable[[Tensor, HookContext], Tensor | None]
+Edits = Editing | Iterable[Editing | tuple[Site | str, SiteFunction]]
+
+
+@final
+class Model(Pipeline):
+    """A pipeline that stores activations, and whose images are edited by features."""
+
+    def __init__(self, pipe: Pipeline) -> None:
+        """Use the model of `pipe`."""
+        super().__init__(pipe.engine, pipe.name, pipe.revision, pipe.precision)
+
+    @overload
+    def activations(
+        self,
+        prompts: str | Path | Sequence[str],
+        site: Site | str,
+        *,
+        tokens: int | None = None,
+        steps: int | None = None,
+        seeds: Sequence[int] = (0,),
+        pixels: tuple[int, int] | None = None,
+        guidance: float | None = None,
+        batch: int = 16,
+        out: Path | str | None = None,
+        progress: bool = True,
+    ) -> SiteActivations: ...
+    @overload
+    def activations(
+        self,
+        prompts: str | Path | Sequence[str],
+        site: list[Site | str] | tuple[Site | str, ...],
+        *,
+        tokens: int | None = None,
+        steps: int | None = None,
+        seeds: Sequence[int] = (0,),
+        pixels: tuple[int, int] | None = None,
+        guidance: float | None = None,
+        batch: int = 16,
+        out: Path | str | None = None,
+        progress: bool = True,
+    ) -> dict[str, SiteActivations]: ...
+    def activations(
+        self,
+        prompts: str | Path | Sequence[str],
+        site: Site | str | list[Site | str] | tuple[Site | str, ...],
+        *,
+        tokens: int | None = None,
+        steps: int | None = None,
+        seeds: Sequence[int] = (0,),
+        pixels: tuple[int, int] | None = None,
+        guidance: float | None = None,
+        batch: int = 16,
+        out: Path | str | None = None,
+        progress: bool = True,
+    ) -> SiteActivations | dict[str, SiteActivations]:
+        """Generate images from prompts and store the activations of a site; of a list of sites, return them by site.
+
+        `prompts` is a list, a file (a prompt on each line, .csv, .json, .jsonl, .parquet), a data set on the hub
+        (OWNER/NAME:COLUMN) or `captions`, the endless captions of the drawn world. `tokens` is the number of rows to store, by
+        default those of all prompts with all `seeds`, which follow one another. `steps`, `pixels` and `guidance` are by default
+        the model's own. The activations are in a study: in the folder `out`, where a harvest that was stopped continues, or in
+        a temporary one.
+        """
+        several = isinstance(site, list | tuple)
+        sites = self.expand(site)
+        if not sites or (not several and len(sites) > 1):
+            names = ", ".join(map(str, sites)) or "no site"
+            raise BadInput(f"'{site}' stands for {names}. Name one site, or give a list for several: ['{site}'].")
+        wishes = StudySettings(steps=steps, pixels=pixels, guidance=guidance, seeds=_read_seeds(seeds))
+        folder = temporary_folder() if out is None else Path(out)
+        workspace = Workspace(Study.open_or_plan(folder, self.name, self.revision), lambda: self, is_temporary=out is None)
+        study = workspace.study
+        settings = harvest_settings(self, replace(wishes, prompts=_name_prompts(prompts, folder)))
+        source = read_prompts(settings.prompts or CAPTIONS, None)
+        if source.is_endless and tokens is None:
+            raise BadInput(f"The {CAPTIONS} are endless: say how many tokens to store, as in tokens=200_000.")
+        shots, identity = study_shots(self, settings, source)
+        config = RecordingConfig(tokens=tokens, batch=batch, source=identity, progress=progress)
+        begin = partial(study.keep_settings, settings)
+        record(study.activations, shots, sites, partial(self.harvest, progress=False), config, before_writing=begin)
+        stored = {str(each): SiteActivations(workspace, each) for each in sites}
+        return stored if several else stored[str(sites[0])]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        seed: int = 0,
+        steps: int | None = None,
+        pixels: tuple[int, int] | None = None,
+        guidance: float | None = None,
+        batch: int = 16,
+        edits: Edits = (),
+    ) -> Images:
+        """Generate an image for each prompt; prompt i gets the seed `seed + i`. None stands for the model's default.
+
+        `edits` are features, times a strength or at their default strength, sums and lists of them, and functions of the
+        activations of sites as in `at`. Edited images show themselves beside the unedited ones.
+        """
+        hooks, description = self._read_edits(edits)
+        generate = partial(super().generate, prompts, seed, steps, pixels, guidance, batch)
+        return Images(generate(hooks), description, (lambda: Images(generate())) if description else None)
+
+    def _read_edits(self, edits: Edits) -> tuple[list[tuple[Site | str, SiteFunction]], str]:
+        """Return edits as functions at sites, and in words."""
+        items = [edits] if isinstance(edits, Editing) else list(edits)
+        features, hooks = FeatureEdits(()), list[tuple[Site | str, SiteFunction]]()
+        for item in items:
+            if isinstance(item, Editing):
+                features = features + item
+            elif isinstance(item, tuple) and len(item) == 2:
+                hooks.append(item)
+            else:
+                raise BadInput(
+                    f"{shown(item)} is not an edit. Give features, as in 1.5 * dictionary.feature(7), or a list of them."
+                )
+        words = [str(features)] * bool(features.parts) + [f"a function at {site}" for site, _ in hooks]
+        return [*features.hooks(self.name, self.revision), *hooks], ", ".join(words)
+
+    def _facts(self) -> dict[str, object]:
+        engine, run = self.engine, next(self.shots(""))
+        parameters = sum(weights.numel() for weights in self.denoiser.parameters())
+        names = list(engine.sites.blocks)
+        return {
+            "pipeline": type(self.diffusers).__name__,
+            "denoiser": f"{type(self.denoiser).__name__}, {parameters / 1e6:,.1f} M parameters in {self.precision}",
+            "device": f"{engine.device}{', offloaded' if engine.offloaded else ''}",
+            "blocks": f"{len(names)}: {', '.join(names if len(names) <= BLOCKS else [*names[:2], '…', *names[-2:]])}",
+            "images": f"{run.pixels[0]} x {run.pixels[1]} pixels, {run.steps} steps, guidance {run.guidance:g}",
+        }
+
+    def __repr__(self) -> str:
+        return f"<model {self.name}: {len(self.engine.sites.blocks)} blocks, {self.precision} on {self.engine.device}>"
+
+    def _repr_html_(self) -> str:
+        return heading(self.name, "a model; model.sites() lists its sites") + facts(self._facts())
+
+
+@final
+class OpenStudy:
+    """A study: its model, activations and dictionaries, with their features."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        """Use the study of `workspace`."""
+        self.workspace = workspace
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the study."""
+        return self.workspace.study.folder
+
+    @property
+    def model(self) -> Model:
+        """The model, loaded when it is first needed, as the harvest of the study loaded it."""
+        model = self.workspace.pipeline
+        assert isinstance(model, Model)
+        return model
+
+    @property
+    def dictionaries(self) -> list[FeatureDictionary]:
+        """All dictionaries, sorted by name."""
+        return [FeatureDictionary(self.workspace, ref) for ref in self.workspace.study.dictionaries()]
+
+    def dictionary(self, name: str | None = None) -> FeatureDictionary:
+        """Return the dictionary SITE/LABEL, that of a site with a single one, or without a name the only one."""
+        return FeatureDictionary(self.workspace, self.workspace.study.find_dictionary(name))
+
+    def activations(self, site: Site | str) -> SiteActivations:
+        """Return the stored activations of a site."""
+        stores = self.workspace.study.stores()
+        if Site.parse(site) not in stores:
+            raise UnknownName.among("The site", str(site), map(str, stores), "Model.activations(..., out=FOLDER) stores others.")
+        return SiteActivations(self.workspace, Site.parse(site))
+
+    def search(self, words: str, limit: int = 10) -> Features:
+        """Return the features of all dictionaries that fit `words`, best first; dictionaries without a book are left out."""
+        return found_features(self.workspace, search(self.workspace.study, words, None, limit), words)
+
+    def __repr__(self) -> str:
+        names = "".join(f"\n  {ref}" for ref in self.workspace.study.dictionaries())
+        return f"<study of {self.workspace.study.model} in {self.folder}>{names}"
+
+    def _repr_html_(self) -> str:
+        study = self.workspace.study
+        head = heading(str(self.folder), f"a study of {study.model}")
+        sites = caption(f"activations: {', '.join(map(str, study.stores())) or 'none'}")
+        rows = [
+            (
+                str(ref),
+                *("yes" if path.is_file() else "" for path in (study.book(*ref), study.concepts(*ref), study.evaluation(*ref))),
+            )
+            for ref in study.dictionaries()
+        ]
+        return head + sites + (scrolled(table(("dictionary", "book", "concepts", "evaluation"), rows)) if rows else "")
+
+
+def _loading(load: Callable[Parameters, Pipeline]) -> Callable[Parameters, Model]:
+    @wraps(load)
+    def load_model_of(*arguments: Parameters.args, **options: Parameters.kwargs) -> Model:
+        return Model(load(*arguments, **options))
+
+    load_model_of.__module__ = __name__
+    return load_model_of
+
+
+load = _loading(load_pipeline)
+
+
+def open_study(folder: Path | str, offline: bool = False) -> OpenStudy:
+    """Open the study in a folder, made by commands or by `Model.activations(..., out=FOLDER)`; its model is loaded when needed.
+
+    `offline` takes a hub model from the local cache only.
+    """
+    study = Study.open(folder)
+    study = replace(study, settings=harvested_settings(study))
+    return OpenStudy(Workspace(study, lambda: load_model(load, study, offline=offline)))
+
+
+def _read_seeds(seeds: Sequence[int]) -> tuple[int, int]:
+    """Return the first seed, and the one after the last."""
+    numbers = list(seeds) if isinstance(seeds, Sequence) else []
+    if not numbers or not all(fits(int, seed) for seed in numbers) or numbers != [*range(numbers[0], numbers[0] + len(numbers))]:
+        raise BadInput(f"The seeds {shown(seeds)} do not follow one another. Give some that do: range(4), or [7] for one.")
+    return numbers[0], numbers[-1] + 1
+
+
+def _name_prompts(prompts: str | Path | Sequence[str], folder: Path) -> str:
+    """Return the name of the prompts: of a file, a data set or `captions`; a list is written to a file in `folder`."""
+    if isinstance(prompts, str | Path):
+        name = str(prompts)
+        if " " in name.strip() and not Path(name).exists():
+            raise BadInput(f"There is no file '{name:.100}'. If that is a prompt, give a list of prompts: [{name[:40]!r}, ...].")
+        return name
+    texts = [check_text(prompt) for prompt in prompts]
+    if not texts:
+        raise BadInput("There are no prompts. Give a list with at least one.")
+    content = "".join(json.dumps(text) + "\n" for text in texts).encode()
+    path = folder / f"prompts-{hashlib.sha256(content).hexdigest()[:8]}.jsonl"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(path, content)
+    return str(path)
+
+
+def check_text(prompt: str) -> str:
+    """Return a prompt that is not empty."""
+    if not fits(str, prompt) or not prompt.strip():
+        raise BadInput(f"{shown(prompt)} is not a prompt. A prompt is text that is not empty.")
+    return prompt
