@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from sample_study import write_matches
 
 from difflex.cli import main
 from difflex.commands.flags import _strengths
 from difflex.dictionaries import Dictionary
+from difflex.evaluation.concepts import Concept
 from difflex.records import Site
 from difflex.steering import StudyEditor
 from difflex.steering.contrast import Contrast
@@ -124,6 +126,33 @@ def test_a_contrast_is_found_saved_decomposed_and_steered_along(study: Path, tmp
         steer(study, "--contrast", "star", "--prompt", "a ring", "--strength", "-8:8:8", "--differences", "--out", str(out)) == 0
     )
     assert len(set(tiles(out))) == 3
+
+
+def test_features_are_named_by_words_and_what_was_meant_is_printed(
+    study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_matches(Study.open(study), PLACE, (0.93, 0.9, 0.8, 0.8), rare=(Concept("green", "colour"),))
+    named, numbered = tmp_path / "named.png", tmp_path / "numbered.png"
+    flags = ["--prompt", "a star", "--strength", "9", "--unit", "code"]
+    assert main(["steer", str(study), "red", *flags, "--out", str(named)]) == 0
+    assert f"red: feature 1 of {PLACE} (detects red, AP 0.93)" in capsys.readouterr().out
+    assert steer(study, PLACE, "1", *flags, "--out", str(numbered)) == 0
+    assert named.read_bytes() == numbered.read_bytes()
+    assert main(["icon", str(study), "red", "--strength", "1", "--out", str(named)]) == 0
+    capsys.readouterr()
+    assert main(["steer", str(study), "green", *flags]) == 2
+    assert "Left out because too rare in 9 images; run difflex concepts" in capsys.readouterr().err
+    assert main(["steer", str(study), "rad", *flags]) == 2
+    assert "nearest: red" in capsys.readouterr().err
+
+
+def test_an_edit_where_features_fire_warns_if_they_fire_nowhere(study: Path, alive: list[str], tmp_path: Path):
+    scales = StudyEditor(Study.open(study)).scales(DictionaryRef(Site(SITE), LABEL))
+    dead = next(feature for feature in range(64) if scales.peaks[feature] == 0)
+    flags = ["--region", "fires", "--strength", "2", "--unit", "code", "--out", str(tmp_path / "grid.png")]
+    with pytest.warns(UserWarning) as caught:
+        assert steer(study, SITE, str(dead), *flags, "--prompt", "a star") == 0
+    assert any("fires at no token of 'a star', seed 0, so the edit changes nothing" in str(each.message) for each in caught)
 
 
 def test_icons_are_generated_for_each_feature(study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from sample_study import CONCEPTS, new_study, write_book, write_dictionary, write_matches
 
+from difflex.cli import main
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation.concepts import Concept
 from difflex.explore.search import resolve_features, search
@@ -78,7 +79,7 @@ def test_names_are_resolved_in_the_one_dictionary_that_fits_them_best(study: Stu
 
 
 def test_a_concept_left_out_as_rare_says_how_to_match_it(study: Study):
-    with pytest.raises(UnknownName, match=r"left out because too rare in 9 images; run difflex concepts .* --images 1000"):
+    with pytest.raises(UnknownName, match=r"Left out because too rare in 9 images; run difflex concepts .* --images 1000"):
         resolve_features(study, ["orange"])
 
 
@@ -96,3 +97,19 @@ def test_matches_and_books_of_a_changed_dictionary_do_not_count(tmp_path: Path):
     write_dictionary(study, NAME, weights=b"other")
     with pytest.raises(BadInput, match="of its present dictionaries"):
         search(study, "red")
+
+
+def test_the_command_lists_features_and_the_command_to_look_at_the_first(study: Study, capsys: pytest.CaptureFixture[str]):
+    assert main(["search", str(study.folder), "red", "--limit", "2"]) == 0
+    output = capsys.readouterr().out
+    assert "detects red, AP 0.93" in output and output.count(NAME) == 2 and output.count(OTHER) == 1
+    assert f"difflex show {study.folder} 1 --dictionary {NAME}" in output
+    assert main(["search", str(study.folder), "red", "--dictionary", OTHER]) == 0
+    assert NAME not in capsys.readouterr().out
+    assert main(["search", str(study.folder), "zebra"]) == 2
+    assert "The feature 'zebra' is unknown; known: red, blue, star, ring" in capsys.readouterr().err
+
+
+def test_the_sheet_of_a_feature_is_drawn_by_name(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", str(study.folder), "red", "--columns", "2", "--out", str(tmp_path / "red.png")]) == 0
+    assert f"red: feature 1 of {NAME} (detects red, AP 0.93)" in capsys.readouterr().out and (tmp_path / "red.png").is_file()

@@ -45,6 +45,7 @@ VERBS = {
         "Look at features", "find where each feature fires, into one book per dictionary", "difflex.commands.features"
     ),
     "features": VerbEntry("Look at features", "list features, sorted and filtered", "difflex.commands.features"),
+    "search": VerbEntry("Look at features", "search features by words, such as red", "difflex.commands.features"),
     "show": VerbEntry("Look at features", "draw the sheet of one feature", "difflex.commands.features"),
     "explain": VerbEntry(
         "Look at features", "explain features with a VLM, and score the explanations", "difflex.commands.explain"

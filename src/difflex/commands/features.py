@@ -1,4 +1,4 @@
-"""`difflex collect`, `features` and `show`: make the books of dictionaries, list their features, draw the sheet of one."""
+"""`difflex collect`, `features`, `search` and `show`: make books, list and search their features, draw the sheet of one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from difflex.commands.flags import (
     STEPS,
     THE_STUDYS,
     WHOLE,
+    FeatureName,
     KeptSteps,
     NoiseLevels,
     Pixels,
@@ -24,13 +25,13 @@ from difflex.commands.flags import (
     StudyModelCommand,
     number,
 )
-from difflex.commands.inputs import load_study_model, open_book, open_study, study_pixels
-from difflex.dictionary_config import fingerprint
+from difflex.commands.inputs import load_study_model, named_features, open_book, open_study, study_pixels
 from difflex.errors import BadInput
 from difflex.explore.inputs import read_prompts
+from difflex.explore.search import nothing_found, rarity, search
 from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
+from difflex.features.detected import DetectedConcepts
 from difflex.features.entries import FeatureStats
-from difflex.files import parsing, read_json
 from difflex.images import check_image_path, write_image
 from difflex.study import Command, DictionaryRef, Study
 from difflex.tables import text_table
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CollectCommand", "FeaturesCommand", "ShowCommand"]
 
-MATCHES_FORMAT, CONCEPTS_ADVICE = 2, "Move it away and run difflex concepts again."
 MAX_TEXT = 48
 """Letters of an explanation in the table."""
 COLUMNS = ("feature", "density", "peak", "mean", "shots", "area", "covers", "strength", "concept", "AP", "explanation")
@@ -223,9 +223,11 @@ class ShowCommand(Command):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with books."""
-    feature: Annotated[Positional[int], WHOLE, arg(metavar="FEATURE")]
-    """Number of the feature."""
-    dictionary: Annotated[str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one)")] = None
+    feature: Positional[FeatureName]
+    """Number of the feature, or words that `difflex search` finds it by: red."""
+    dictionary: Annotated[
+        str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one, or the best for a name)")
+    ] = None
     """The dictionary of the feature; the site alone if it has one dictionary."""
     style: HighlightStyle = "blue"
     """Overlay. blue: the more opaque, the higher the value; outline: a black and white line, visible without colour vision."""
@@ -237,17 +239,49 @@ class ShowCommand(Command):
     """File to write the sheet to."""
 
     def __call__(self) -> None:
-        out = self.out or Path(f"feature-{self.feature}.png")
-        check_image_path(out)
+        if self.out is not None:
+            check_image_path(self.out)
         study = Study.open(self.study)
-        ref = _find_book(study, self.dictionary)
-        best = _best_concepts(study, ref).get(self.feature)
+        if self.feature.isdecimal():
+            ref, feature = _find_book(study, self.dictionary), int(self.feature)
+        else:
+            ref, (feature,) = named_features(study, (self.feature,), self.dictionary)
+        out = self.out or Path(f"feature-{feature}.png")
+        check_image_path(out)
+        best = _best_concepts(study, ref).get(feature)
         concept = "" if best is None else f"{best.concept} (AP {best.ap:.2f})"
         album = ImageAlbum(study.images)
         with open_book(study, ref) as book:
-            image = sheet(book, album, self.feature, style=self.style, columns=self.columns, side=self.side, concept=concept)
+            image = sheet(book, album, feature, style=self.style, columns=self.columns, side=self.side, concept=concept)
         write_image(image, out)
         print(out)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SearchCommand(Command):
+    """Search features by words: in matched concepts, in explanations, and in the captions of the images they fire in most."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study with books, or with the results of `difflex concepts`."""
+    words: Annotated[Positional[tuple[str, ...]], arg(metavar="WORDS...")]
+    """What the features should stand for: red, striped star."""
+    dictionary: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: all)")] = None
+    """Search one dictionary: SITE/LABEL, or the site alone if it has one dictionary."""
+    limit: Annotated[int, COUNT] = 10
+    """Number of features to list."""
+
+    def __call__(self) -> None:
+        study, words = Study.open(self.study), " ".join(self.words)
+        place = None if self.dictionary is None else study.find_dictionary(self.dictionary)
+        found = search(study, words, place, self.limit)
+        if not found:
+            raise nothing_found(study, [words], place)
+        rows = [(str(each.feature), str(each.place), f"{each.score:.2f}", each.reason) for each in found]
+        print(text_table([("feature", "dictionary", "score", "because it"), *rows], right_align=(0, 2)))
+        if note := rarity(study, words, place):
+            print(f"As a concept, {words} was not matched. {note}")
+        print(f"\ndifflex show {self.study} {found[0].feature} --dictionary {found[0].place}")
 
 
 def _find_book(study: Study, name: str | None) -> DictionaryRef:
@@ -261,20 +295,12 @@ def _find_book(study: Study, name: str | None) -> DictionaryRef:
     return refs[0]
 
 
-def _best_concepts(study: Study, ref: DictionaryRef) -> dict[int, BestConcept]:
+def _best_concepts(study: Study, ref: DictionaryRef) -> Mapping[int, BestConcept]:
     """Return the concept that each feature detects best; empty if the dictionary, as it is now, was not matched to concepts."""
-    path = study.concepts(*ref)
-    if not path.is_file():
-        return {}
-    entries = read_json(path, MATCHES_FORMAT, CONCEPTS_ADVICE)  # not by `ConceptMatches`, which would import torch
-    with parsing(path, "results of difflex concepts", CONCEPTS_ADVICE):
-        names, made_for = [name for name, _ in entries["concepts"]], (entries["inputs"] or {}).get("fingerprint")
-        columns = zip(*(entries["features"][column] for column in ("features", "concepts", "ap")), strict=True)
-        best = {int(feature): BestConcept(names[concept], float(ap)) for feature, concept, ap in columns}
-    if made_for not in (None, fingerprint(study.dictionary(*ref))):
-        print(f"{ref} has changed since {path} was made: no concepts are shown. Run difflex concepts again.")
-        return {}
-    return best
+    detected = DetectedConcepts.read(study, ref)
+    if detected is not None and not detected.is_current:
+        print(f"{ref} has changed since {study.concepts(*ref)} was made: no concepts are shown. Run difflex concepts again.")
+    return detected.by_feature if detected is not None and detected.is_current else {}
 
 
 def _features_table(book: Book, rows: list[FeatureStats], concepts: Mapping[int, BestConcept], measure: str) -> str:

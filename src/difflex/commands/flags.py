@@ -78,6 +78,11 @@ def _features(words: list[str]) -> tuple[int, ...]:
     return tuple(_limited(int, part, 0, LARGEST) for part in _parts(words))
 
 
+def _feature_names(words: list[str]) -> tuple[str, ...]:
+    parts = _counted([part.strip() for word in words for part in word.split(",") if part.strip()], words)
+    return tuple(str(_limited(int, part, 0, LARGEST)) if re.fullmatch(r"[-+.\d]+", part) else part for part in parts)
+
+
 def _shares(words: list[str]) -> tuple[float, ...]:
     return tuple(_limited(float, part, 0, 1) for part in _parts(words))
 
@@ -228,6 +233,10 @@ Numbers = Annotated[tuple[int, ...], numbers(LARGEST)]
 """Whole numbers above 0, with commas or spaces between them."""
 Features = Annotated[tuple[int, ...], _flag(_features, "FEATURE...", _with_commas, many=True)]
 """Numbers of features, from 0 on."""
+FeatureName = Annotated[str, _flag(lambda words: (_feature_names(words) or ("",))[0], "FEATURE", str)]
+"""The number of a feature, or words that `difflex search` finds it by."""
+FeatureNames = Annotated[tuple[str, ...], _flag(_feature_names, "FEATURE...", ",".join, many=True)]
+"""Numbers of features, or words that `difflex search` finds each by."""
 Shares = Annotated[tuple[float, ...], _flag(_shares, "SHARE...", _with_commas, many=True)]
 Strengths = Annotated[tuple[float, ...], STRENGTHS]
 """One number, several with commas, or several at even distances, both ends included."""

@@ -1,13 +1,14 @@
 """What commands open: prompts, the model of a study, a book."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difflex.commands.flags import StudyImagesCommand, StudyModelCommand, memory_to_work
-from difflex.errors import BadInput, BrokenFile, DiskError, StaleWork, UnknownName
+from difflex.errors import BadInput, BrokenFile, DiskError, StaleWork
 from difflex.explore.inputs import harvested_settings, load_model, model_arguments, open_book
+from difflex.explore.search import rarity, resolve_features
 from difflex.study import DictionaryRef, Study
 
 if TYPE_CHECKING:
@@ -62,6 +63,22 @@ def narrowed(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the sites and names that select dictionaries; if only the `largest` are wanted, no sites and their names."""
     return ((), tuple(map(str, study.select_largest(sites, names)))) if largest else (sites, names)
+
+
+def named_features(study: Study, names: Sequence[str], dictionary: str | None) -> tuple[DictionaryRef, tuple[int, ...]]:
+    """Return features that are named by number or by words, and their dictionary; print what words stand for.
+
+    Without the name of a `dictionary` it is the one that fits the words best; for numbers alone, the only one.
+    """
+    words = [name for name in names if not name.isdecimal()]
+    place = study.find_dictionary(dictionary) if dictionary is not None or not words else None
+    resolved = dict(zip(words, resolve_features(study, words, place), strict=True)) if words else {}
+    for word, found in resolved.items():
+        print(f"{word}: {found}")
+        if note := rarity(study, word, place):
+            print(f"As a concept, {word} was not matched. {note}")
+    place = place or next(iter(resolved.values())).place
+    return place, tuple(resolved[name].feature if name in resolved else int(name) for name in names)
 
 
 def stored_strength(study: Study, ref: DictionaryRef, features: Iterable[int]) -> float | None:

@@ -16,14 +16,14 @@ from difflex.commands.flags import (
     NUMBER,
     SEED,
     STRENGTHS,
-    Features,
+    FeatureNames,
     KeptSteps,
     Seeds,
     StepRange,
     Strengths,
     StudyImagesCommand,
 )
-from difflex.commands.inputs import first_and_end, load_study_model, open_study, stored_strength
+from difflex.commands.inputs import first_and_end, load_study_model, named_features, open_study, stored_strength
 from difflex.errors import BadInput
 from difflex.images import check_image_path, check_output, check_sheet, contact_sheet, write_image
 from difflex.records import Edit, Rectangle, Shot, TransplantSource
@@ -43,9 +43,11 @@ class SteerCommand(StudyImagesCommand):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with a dictionary or a contrast."""
-    features: Positional[Features] = ()
-    """Numbers of the features to edit, all in the same way."""
-    dictionary: Annotated[str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one)")] = None
+    features: Positional[FeatureNames] = ()
+    """Numbers of the features to edit, all in the same way, or words that `difflex search` finds them by: red."""
+    dictionary: Annotated[
+        str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one, or the best for names)")
+    ] = None
     """The dictionary of the features; the site alone if it has one dictionary."""
     prompt: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ("",)
     """Prompts; a row each."""
@@ -122,13 +124,13 @@ class SteerCommand(StudyImagesCommand):
         if not self.features and self.contrast is None:
             raise BadInput("There is nothing to steer with. Name features, or --contrast NAME.")
         by_contrast = self.contrast is not None and self.dictionary is None
-        place = None if by_contrast else editor.study.find_dictionary(self.dictionary)
+        place, numbers = (None, ()) if by_contrast else named_features(editor.study, self.features, self.dictionary)
         source_region = _parse_region(self.source_region, pixels)
         edit = Edit(
             operation=self.operation,
             site=place.site if place is not None else editor.contrast(self.contrast or "").site,
             dictionary=None if place is None else place.label,
-            features=self.features,
+            features=numbers,
             contrast=self.contrast,
             unit=self.unit,
             region=_parse_region(self.region, pixels),
@@ -173,9 +175,11 @@ class IconCommand(StudyImagesCommand):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with a dictionary."""
-    features: Positional[Features]
-    """Numbers of the features."""
-    dictionary: Annotated[str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one)")] = None
+    features: Positional[FeatureNames]
+    """Numbers of the features, or words that `difflex search` finds them by."""
+    dictionary: Annotated[
+        str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one, or the best for names)")
+    ] = None
     """The dictionary of the features; the site alone if it has one dictionary."""
     strength: Strengths = (0.5, 1.0, 2.0)
     """Strengths in peaks; a column each."""
@@ -191,24 +195,24 @@ class IconCommand(StudyImagesCommand):
 
         check_image_path(self.out)
         if not self.features:
-            raise BadInput("No feature was named. Name one or more by their numbers.")
+            raise BadInput("No feature was named. Name one or more, by numbers or by words.")
         editor = StudyEditor(open_study(self.study, self))
-        place = editor.study.find_dictionary(self.dictionary)
+        place, features = named_features(editor.study, self.features, self.dictionary)
         pipe = load_study_model(editor.study, self)
         template = Edit(
             operation="replace" if place.site.kind == "update" else "add",
             site=place.site,
             dictionary=place.label,
-            features=self.features,
+            features=features,
             steps=first_and_end(self.edit_steps),
         )
-        check_sheet(self.out, len(self.features), len(self.strength), next(iter(pipe.shots(""))).pixels)
+        check_sheet(self.out, len(features), len(self.strength), next(iter(pipe.shots(""))).pixels)
         rows = []
-        for feature in self.features:
+        for feature in features:
             edits = [replace(template, features=(feature,), strength=strength) for strength in self.strength]
             rows.append([pipe.generate("", seed=self.seed, edits=editor.steering_hooks([edit]))[0].image for edit in edits])
         columns = [f"{strength:g} peak" for strength in self.strength]
-        labels = [f"{place}, feature {feature}" for feature in self.features]
+        labels = [f"{place}, feature {feature}" for feature in features]
         write_image(contact_sheet(rows, row_labels=labels, column_labels=columns), self.out)
         print(f"{self.out.resolve()}: {len(rows)} features at {len(columns)} strengths")
         return [self.out]

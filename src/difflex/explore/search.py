@@ -12,7 +12,7 @@ from difflex.features import Book
 from difflex.features.detected import DetectedConcepts
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["FoundFeature", "resolve_features", "search"]
+__all__ = ["FoundFeature", "nothing_found", "rarity", "resolve_features", "search"]
 
 DETECTS = 0.5
 """Average precision from which the best feature of a concept ranks before all other results."""
@@ -25,6 +25,8 @@ SPECIFIC, CAPTIONS = 0.25, 0.5
 where in the image the feature fires."""
 CLEAR = 0.25
 """Score from which a result without a concept of that name stands for a word."""
+MORE = 3
+"""How many times as many images to match a concept again that was too rare, before they are rounded to thousands."""
 
 
 class FoundFeature(NamedTuple):
@@ -54,13 +56,7 @@ def search(study: Study, words: str | Sequence[str], place: DictionaryRef | None
     if not wanted:
         raise BadInput("There is nothing to search for. Give one or more words: red, or striped stars.")
     best: dict[tuple[DictionaryRef, int], FoundFeature] = {}
-    searchable = [ref for ref in study.dictionaries() if place in (None, ref) and _is_searchable(study, ref)]
-    if not searchable:
-        raise BadInput(
-            f"{place or study.folder} has no books and no concept matches of its present dictionaries to search. Run difflex "
-            "collect, difflex concepts or both."
-        )
-    for ref in searchable:
+    for ref in _searchable(study, place):
         for found in _in_dictionary(study, ref, text, wanted):
             key = (ref, found.feature)
             if key not in best or _rank(found) < _rank(best[key]):
@@ -70,42 +66,50 @@ def search(study: Study, words: str | Sequence[str], place: DictionaryRef | None
 
 def resolve_features(study: Study, words: Sequence[str], place: DictionaryRef | None = None) -> list[FoundFeature]:
     """Return the best feature for each of `words`, all of one dictionary: `place`, or the one that fits all words best."""
-    places = [place] if place is not None else study.dictionaries()
-    results = [[next(iter(search(study, word, ref, 1)), None) for word in words] for ref in places if _is_searchable(study, ref)]
-    clear = [[found for found in row if found is not None and (found.is_named or found.score >= CLEAR)] for row in results]
-    complete = [row for row in clear if len(row) == len(words)]
+    rows = [[next(iter(search(study, word, ref, 1)), None) for word in words] for ref in _searchable(study, place)]
+    complete = [[found for found in row if found is not None and (found.is_named or found.score >= CLEAR)] for row in rows]
+    complete = [row for row in complete if len(row) == len(words)]
     if not complete:
-        raise _unknown(study, places, words, clear)
+        raise nothing_found(study, words, place)
     return max(complete, key=lambda row: (sum(found.is_named for found in row), sum(found.score for found in row)))
 
 
-def _unknown(
-    study: Study, places: Sequence[DictionaryRef], words: Sequence[str], rows: Sequence[Sequence[FoundFeature]]
-) -> UnknownName:
-    """Return the error for words that no feature of a single dictionary fits."""
+def nothing_found(study: Study, words: Sequence[str], place: DictionaryRef | None = None) -> UnknownName:
+    """Return the error for words that no feature of a single dictionary fits, with what to do."""
+    for word in words:
+        if note := rarity(study, word, place):
+            return UnknownName(f"No feature is known for '{word}'. {note}")
+    places = _searchable(study, place)
+    missing = [word for word in words if not any(search(study, word, ref, 1) for ref in places)]
+    if not missing and len(words) > 1:
+        return UnknownName(f"No single dictionary has a feature for each of {', '.join(words)}. Name fewer at once.")
     known = [matches for ref in places if (matches := _current_concepts(study, ref)) is not None]
     names = dict.fromkeys(name for matches in known for name in matches.by_concept)
-    for word in words:
-        for matches in known:
-            rare = [name for name in matches.rare if _stems(name) == _stems(word)]
-            if rare and not any(_stems(name) == _stems(word) for name in names):
-                return UnknownName(
-                    f"No feature is known for '{word}'. It was left out because too rare in {matches.images} images; run difflex "
-                    f"concepts {study.folder} --images {_more(matches.images)}."
-                )
-    if not known and not rows:
-        return UnknownName(
-            f"{study.folder} has no books and no concept matches, so features have numbers only. Run difflex collect."
+    advice = f"difflex search {study.folder} WORDS looks in explanations and captions, too."
+    return UnknownName.among("The feature", (missing or list(words))[0], names, advice)
+
+
+def rarity(study: Study, word: str, place: DictionaryRef | None = None) -> str:
+    """Return what to do if `word` is a concept that was matched in no dictionary because too few images show it; else nothing."""
+    known = [matches for ref in _searchable(study, place) if (matches := _current_concepts(study, ref)) is not None]
+    if any(_stems(name) == _stems(word) for matches in known for name in matches.by_concept):
+        return ""
+    for matches in known:
+        if any(_stems(name) == _stems(word) for name in matches.rare):
+            more = -(-MORE * matches.images // 1000) * 1000
+            return f"Left out because too rare in {matches.images:,} images; run difflex concepts {study.folder} --images {more}."
+    return ""
+
+
+def _searchable(study: Study, place: DictionaryRef | None) -> list[DictionaryRef]:
+    """Return `place`, or all dictionaries of a study, as far as something is known about their features."""
+    places = [ref for ref in study.dictionaries() if place in (None, ref) and _is_searchable(study, ref)]
+    if not places:
+        raise BadInput(
+            f"{place or study.folder} has no books and no concept matches of its present dictionaries to search. Run difflex "
+            "collect, difflex concepts or both."
         )
-    missing = next((word for word in words if not any(search(study, word, ref, 1) for ref in places)), None)
-    if missing is None and len(words) > 1:
-        return UnknownName(f"No single dictionary has a feature for each of {', '.join(words)}. Name fewer at once.")
-    return UnknownName.among("The feature", missing or words[0], names, f"difflex search {study.folder} WORDS looks for others.")
-
-
-def _more(images: int) -> int:
-    """Return the number of images to match again with: at least three times as many, in thousands."""
-    return -(-3 * images // 1000) * 1000
+    return places
 
 
 def _is_searchable(study: Study, ref: DictionaryRef) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, final
@@ -49,23 +49,46 @@ def steering_hooks(
         ]
         if len(prepared) > 1 and any(item.edit.operation == "replace" for item in prepared):
             raise BadInput(f"A replace at {site} cannot be combined with another edit there. Run the other edit on its own.")
-        hooks.append(SteeringHook(site, partial(_change, prepared)))
+        hooks.append(SteeringHook(site, _SiteEdits(prepared)))
     return hooks
 
 
-def _change(
-    edits: Sequence[_PreparedEdit], x: Float[Tensor, "batch token width"], context: HookContext
-) -> Float[Tensor, "batch token width"] | None:
-    """Return the activations of one site after its edits; None if nothing changes."""
-    edited: Tensor | None = None
-    for prepared in edits:
-        for images, tokens, delta in prepared.changes(x, context) if prepared.is_active(context) else ():
-            edited = x.clone() if edited is None else edited
-            if prepared.edit.operation == "replace":
-                edited[images, tokens] = delta.to(x)
-            else:
-                edited[images, tokens] += delta.to(x)
-    return edited
+@final
+class _SiteEdits:
+    """The edits of one site; warns at the end of a run in which those of the region `fires` changed nothing."""
+
+    def __init__(self, edits: Sequence[_PreparedEdit]) -> None:
+        self._edits = edits
+        self._silent: list[_PreparedEdit] = []
+
+    def __call__(self, x: Float[Tensor, "batch token width"], context: HookContext) -> Float[Tensor, "batch token width"] | None:
+        """Return the activations after the edits; None if nothing changes."""
+        if context.step == 0:
+            self._silent = [item for item in self._edits if item.is_meant_to_fire]
+        edited: Tensor | None = None
+        for prepared in self._edits:
+            for images, tokens, delta in prepared.changes(x, context) if prepared.is_active(context) else ():
+                edited = x.clone() if edited is None else edited
+                self._silent = [item for item in self._silent if item is not prepared]
+                if prepared.edit.operation == "replace":
+                    edited[images, tokens] = delta.to(x)
+                else:
+                    edited[images, tokens] += delta.to(x)
+        if context.shots and context.step == context.shots[0].steps - 1 and context.half != "unconditional":
+            for item in self._silent:
+                warnings.warn(
+                    f"{item.features.description} fires at no token of {_images(context)}, so the edit changes nothing there. "
+                    "Leave out the region, or give another one.",
+                    stacklevel=2,
+                )
+            self._silent = []
+        return edited
+
+
+def _images(context: HookContext) -> str:
+    """Return how a message calls the images of a batch."""
+    shots = context.shots or ()
+    return f"'{shots[0].prompt:.60}', seed {shots[0].seed}" if len(shots) == 1 else f"{len(shots)} images"
 
 
 @final
@@ -89,6 +112,12 @@ class _PreparedEdit:
         if not bool(torch.isfinite(amounts.to(features.decoder) @ features.decoder).all()):
             raise BadInput(f"A strength of {edit.strength:g} of {features.description} is infinite. Choose a lower one.")
         return cls(edit, features, amounts, read_region(edit.region), maps)
+
+    @property
+    def is_meant_to_fire(self) -> bool:
+        """Whether the edit changes something where its features fire, and nothing elsewhere."""
+        neutral = {"add": 0.0, "scale": 1.0}.get(self.edit.operation)
+        return self.edit.region == "fires" and self.edit.strength != neutral
 
     def is_active(self, context: HookContext) -> bool:
         """Return whether the edit applies to this step and this half."""
