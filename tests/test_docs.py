@@ -100,7 +100,7 @@ def test_the_python_shown_runs(page: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("difflex.explore.workspace.IMAGES", {True: 60, False: 60})
     names: dict[str, object] = {}
     for block in blocks(TEXTS[page], "python"):
-        exec(compile(block.replace("tokens=200_000", "tokens=20_000"), page, "exec"), names)
+        exec(compile(block.replace("tokens=100_000", "tokens=20_000"), page, "exec"), names)
 
 
 def test_every_file_and_image_linked_is_there():

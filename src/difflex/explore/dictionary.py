@@ -95,7 +95,7 @@ class FeatureDictionary:
         return Feature(self, int(number))
 
     def collect(self, images: int | None = None) -> None:
-        """Find where the features fire, in the first `images` of the prompts of its activations (by default 400, or 100)."""
+        """Find where the features fire, in the first `images` of the prompts of its activations (by default 200, or 100)."""
         if images is not None and (not fits(int, images) or images < 1):
             raise BadInput(f"A book of {shown(images)} images is not possible. Use 1 or more.")
         self.workspace.collect(self.ref, images)

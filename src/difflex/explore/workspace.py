@@ -26,7 +26,7 @@ __all__ = ["Workspace", "temporary_folder"]
 
 SMALL_MODEL = 10**8
 """Parameters of a denoiser up to which images are cheap."""
-IMAGES = {True: 400, False: 100}
+IMAGES = {True: 200, False: 100}
 """Images that a book is made from, for a small model and for others."""
 PREFIX = "difflex-"
 
