@@ -97,10 +97,13 @@ def test_a_planted_wrong_command_is_found():
 @pytest.mark.parametrize("page", [page for page in TEXTS if blocks(TEXTS[page], "python")])
 def test_the_python_shown_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("difflex.explore.workspace.IMAGES", {True: 60, False: 60})
+    # Enough to run the code, not to learn much: a search then finds features that hardly fit.
+    monkeypatch.setattr("difflex.explore.workspace.IMAGES", {True: 16, False: 16})
+    monkeypatch.setattr("difflex.explore.search.SPECIFIC", -10.0)
+    monkeypatch.setattr("difflex.explore.search.MIN_IMAGES", 1)
     names: dict[str, object] = {}
     for block in blocks(TEXTS[page], "python"):
-        exec(compile(block.replace("tokens=100_000", "tokens=20_000"), page, "exec"), names)
+        exec(compile(block.replace("tokens=100_000", "tokens=6_000"), page, "exec"), names)
 
 
 def test_every_file_and_image_linked_is_there():

@@ -183,6 +183,7 @@ MISTAKES: dict[str, tuple[Callable[[Objects], object], str]] = {
     "feature out of range": (lambda at: at[2].feature(24), "has no feature 24: they are numbered from 0 to 23"),
     "not an edit": (lambda at: at[0].generate("a star", edits=[3]), "3 is not an edit. Give features"),  # pyright: ignore
     "region": (lambda at: (at[2].feature(1) * 1).at(region=(0, 1)), "is not a region. Write"),  # pyright: ignore
+    "nothing found": (lambda at: at[2].search("zebra")[0], "No feature fits 'zebra'. Try another word"),
     "no words": (lambda at: at[2].search(" "), "nothing to search for"),
 }
 

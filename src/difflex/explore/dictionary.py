@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import final
+from typing import SupportsIndex, final, overload
 
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from difflex.choices import Operation, Unit
+from difflex.choices import HighlightStyle, Operation, Unit
 from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Evaluation
@@ -187,9 +187,9 @@ class Feature(Editing):
         with self.dictionary.workspace.book(self.dictionary.ref) as book:
             return sorted(book.examples(self.number, "top"), key=lambda example: -example.peak)
 
-    def images(self, limit: int = TOP) -> list[Image.Image]:
-        """Return the images of its strongest examples, in blue where it fires."""
-        return [tile.image for tile in self._tiles(limit)]
+    def images(self, limit: int = TOP, style: HighlightStyle = "outline") -> list[Image.Image]:
+        """Return the images of its strongest examples, each of another prompt or seed, marked where it fires."""
+        return [tile.image for tile in self._tiles(limit, style)]
 
     def edit(
         self,
@@ -212,14 +212,14 @@ class Feature(Editing):
     def times(self, strength: float) -> FeatureEdits:
         return self.edit(strength)
 
-    def _tiles(self, limit: int) -> list[Tile]:
+    def _tiles(self, limit: int, style: HighlightStyle = "outline") -> list[Tile]:
         workspace, examples = self.dictionary.workspace, self.examples[:limit]
         with workspace.book(self.dictionary.ref) as book:
             shots, grid = book.shots(example.shot for example in examples), book.about.grid
         tiles = []
         for example in examples:
             row = shots[example.shot]
-            image = overlaid(workspace.album.open(row.image.file), example.map, grid, self.peak or 1.0, side=SIDE)
+            image = overlaid(workspace.album.open(row.image.file), example.map, grid, self.peak or 1.0, style=style, side=SIDE)
             tiles.append(Tile(image, row.shot.prompt))
         return tiles
 
@@ -247,6 +247,17 @@ class Features(list[Feature]):
         """Hold `features`, shown under a title."""
         super().__init__(features)
         self.title = title
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Feature: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Feature]: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> Feature | list[Feature]:
+        if not self and not isinstance(index, slice):
+            raise UnknownName(
+                f"No feature fits {self.title}. Try another word, collect(...) more images to search in, or train on more tokens."
+            )
+        return super().__getitem__(index)
 
     def __repr__(self) -> str:
         lines = [f"{len(self)} features: {self.title}", *(f"  {feature!r}" for feature in self)]
