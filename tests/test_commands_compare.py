@@ -155,7 +155,7 @@ def test_studies_of_two_sizes_are_compared_block_by_block(sizes: StudyComparison
 
 def test_the_page_of_two_sizes_shows_what_one_study_has_at_its_sites(sizes: StudyComparison, tmp_path: Path):
     page = write_comparison(sizes, tmp_path / "page.html").read_text()
-    assert "Not measured yet" not in page
+    assert 'id="missing"' not in page
     figures = dict(re.findall(r'id="figure-(\w+)"(.*?)</figure>', page, flags=re.DOTALL))
     assert [*figures] == ["roles", "differences", "found", "explained", "steering"]
     assert figures["roles"].count("<svg") == 4 and figures["found"].count("<svg") == 2
@@ -174,7 +174,7 @@ def test_studies_that_share_nothing_can_be_compared(tmp_path: Path):
     comparison = compare(read_facts(new_study(tmp_path / "one")), read_facts(new_study(tmp_path / "other")))
     assert "settings: equal" in describe(comparison) and "dictionaries in both: 0" in describe(comparison)
     page = write_comparison(comparison, tmp_path / "page.html").read_text()
-    assert page.count("Not measured yet") == 5
+    assert page.count("<dt><code>difflex") == 4  # a command for each thing that both lack
 
 
 def test_the_same_study_twice_is_refused(two: tuple[Study, Study], tmp_path: Path):
@@ -206,3 +206,15 @@ def test_a_whole_study_can_be_compared_with_one_inside_it(tmp_path: Path):
     comparison = compare(read_facts(study), read_facts(control))
     assert comparison.names == ("study", "untrained") and len(comparison.pairs) == 1
     assert comparison.detections[0].coverage.value < 0
+
+
+def test_two_dictionaries_of_a_study_are_compared_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study = str(full_study(tmp_path / "study").folder)
+    names = ["double.1/topk-1024-k16", "double.1/itda-1020-k16-first100"]
+    assert main(["compare", study, "--dictionary", *names]) == 0
+    rows = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in capsys.readouterr().out.splitlines()}
+    assert rows[""][:2] == names or rows[""][-3:-1] == names
+    assert rows["AP of ring"] == ["0.6", "0.4", "-0.2"] and "FVU" in rows and "median gain by steering" in rows
+    assert main(["compare", study, "--dictionary", names[0]]) == 2
+    assert "1 studies and 1 dictionaries cannot be compared" in capsys.readouterr().err
+    assert main(["compare", study]) == 2

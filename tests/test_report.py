@@ -53,13 +53,18 @@ def claim(study: Study, name: str, control_study: Study | None = None) -> Claim:
 
 
 EXPLANATIONS = {"explained", "falls", "surfaces"}
-STEERING = {"success", "kept", "loss", "steered", "points", "removal", "findings"}
+STEERING = {"strengths", "steered", "points", "removal", "findings"}
 STEERING |= {"finding_pairs", "finding_out_of_distribution"}
 
 
 def _unmeasured(root: Path) -> list[Claim]:
     claims = judge_claims(read_facts(Study.open(root / "study"), Study.open(root / "control")))
     return [own for own in claims if own.verdict == "not measured"]
+
+
+def figures_of(page: str) -> str:
+    """A page without its list of problems."""
+    return re.sub(r"<aside.*?</aside>", "", page, flags=re.DOTALL)
 
 
 def tips(page: str, figure: str) -> list[str]:
@@ -71,11 +76,12 @@ def tips(page: str, figure: str) -> list[str]:
 def test_a_whole_study_has_every_figure(tmp_path: Path):
     page = page_of(full_study(tmp_path / "study"), control_study(tmp_path / "control"))
     names = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "roles"}
-    names |= {"dictionaries", "claims", "images", "paper"} | EXPLANATIONS | STEERING
+    names |= {"dictionaries", "claims", "images", "wall", "paper"} | EXPLANATIONS | STEERING
     assert {path.stem for path in (tmp_path / "study" / "report").glob("*.csv")} == names
     assert set(re.findall(r'id="figure-(\w+)"', page)) == names
     # Steering has two groups, neither of them texture; three features are explained, and the claim takes ten.
-    assert "Not measured yet" not in page and {own.name for own in _unmeasured(tmp_path)} == {"steering", "surfaces"}
+    lacking = {"steering-sae", "steering-itda", "surfaces", "removal-itda", "untrained-itda"}
+    assert {own.name for own in _unmeasured(tmp_path)} == lacking
 
 
 def test_a_whole_study_has_every_figure_of_the_paper(tmp_path: Path):
@@ -103,9 +109,12 @@ def test_what_a_figure_of_the_paper_lacks_is_named_with_its_command(tmp_path: Pa
     for name in ("double.1/topk-512-k8", "double.1/topk-1024-k8", "double.2/topk-1024-k8", "double.1/itda-1000-k8"):
         write_evaluation(study, name)
     assert lacking(study) == {
-        "3": ("in part", "difflex anatomy mini-flux --prompts FILE --steps 4 --out STUDY"),
+        "3": ("missing", "difflex anatomy mini-flux --prompts FILE --steps 4 --out STUDY"),
         "4": ("in part", "difflex anatomy mini-flux --prompts FILE --steps 4 --out STUDY"),
-        "5": ("missing", "difflex train STUDY --site double.1 --k 8 --size 512 --normalisation none"),
+        "5": (
+            "missing",
+            "difflex train STUDY --site double.1 --k 8 --size 512 --normalisation none, then difflex evaluate STUDY",
+        ),
         "6": ("in part", "difflex itda STUDY --site double.1 --k 8 --size 512"),
         "7": (
             "missing",
@@ -151,7 +160,7 @@ def test_every_metric_of_an_evaluation_is_in_the_table(tmp_path: Path):
 
 def heads(page: str) -> list[str]:
     """The columns of the table of dictionaries."""
-    [table] = re.findall(r'<section id="dictionaries".*?</thead>', page, flags=re.DOTALL)
+    [table] = re.findall(r'<section id="reconstruction".*?</thead>', page, flags=re.DOTALL)
     return re.findall(r"<button[^>]*>([^<]*)</button>", table)
 
 
@@ -159,11 +168,12 @@ def test_the_table_has_a_column_for_each_measure_that_a_dictionary_has(tmp_path:
     study = new_study(tmp_path)
     write_evaluation(study, "double.1/topk-512-k8")
     usual = heads(page_of(study))
-    assert usual[-1] == "SSIM" and "lpips" not in usual
+    place = usual.index("SSIM") + 1
+    assert "lpips" not in usual
     write_evaluation(study, "double.1/topk-512-k16", similarity={"lpips": 0.0625})
     write_evaluation(study, "double.2/topk-512-k8", similarity={"clip:a<b": 0.875, "lpips": 0.25})
     page = page_of(study)
-    assert heads(page) == [*usual, "clip:a&lt;b", "lpips"]
+    assert heads(page) == [*usual[:place], "clip:a&lt;b", "lpips", *usual[place:]]
     rows = {row["dictionary"]: (row["clip:a<b"], row["lpips"]) for row in rows_of(study, "dictionaries")}
     assert rows == {
         "double.1/topk-512-k8": ("", ""),
@@ -208,7 +218,7 @@ def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp
 def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):
     page = page_of(full_study(tmp_path))
     links = re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)" download="(\w+)\.csv"', page)
-    assert len(links) == 15 + len(EXPLANATIONS | STEERING)
+    assert len(links) == 16 + len(EXPLANATIONS | STEERING)
     for code, name in links:
         assert base64.b64decode(code).decode() == (tmp_path / "report" / f"{name}.csv").read_text(encoding="utf-8")
 
@@ -245,7 +255,7 @@ def test_records_of_older_weights_are_named_and_left_out(tmp_path: Path):
     study = new_study(tmp_path)
     write_evaluation(study, "double.1/topk-512-k8", fvu=0.1234)
     write_matches(study, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.987))
-    assert "0.123" in page_of(study) and "0.987" not in (page := page_of(study)) and "mean AP" in page
+    assert "0.123" in (page := page_of(study)) and "mean AP" in page
     write_dictionary(study, "double.1/topk-512-k8", weights=b"trained again")
     page = page_of(study)
     assert "0.123" not in page and "mean AP" not in page
@@ -297,7 +307,7 @@ def test_other_damaged_files_do_not_stop_the_report(tmp_path: Path):
     page = page_of(study)
     for name in ("anatomy.json", "run.json", "pca-16-k16.json", "topk-512-k8/config.json", "manifest.json"):
         assert re.search(rf"<li>[^<]*{name}[^<]*</li>", page)
-    assert "double.2/topk-512-k16" in page and "pca-16-k16" not in page.split("</aside>")[1]
+    assert "double.2/topk-512-k16" in page and "pca-16-k16" not in figures_of(page)
 
 
 def test_matches_and_anatomies_of_another_model_are_left_out(tmp_path: Path):
@@ -312,11 +322,20 @@ def test_matches_and_anatomies_of_another_model_are_left_out(tmp_path: Path):
 
 def test_matches_measured_on_other_images_are_left_out(tmp_path: Path):
     study = full_study(tmp_path)
-    write_matches(study, "double.1/random-1024-k16", (0.99, 0.99, 0.99, 0.99), inputs={"config": ConceptsConfig(images=5000)})
+    write_matches(study, "double.1/random-1024-k16", (0.99, 0.99, 0.99, 0.99), inputs={"config": ConceptsConfig(noise=(0.9,))})
     page = page_of(study)
-    assert "double.1: random-1024-k16 was measured on other images" in page
+    assert "double.1: random-1024-k16 was matched to other images, or at other noise levels" in page
     assert "random-1024-k16" not in {row["method"] for row in rows_of(study, "coverage")}
-    assert claim(study, "axes").verdict == "holds here"
+    assert claim(study, "axes-sae").verdict == "undecided"
+
+
+def test_a_dictionary_that_was_matched_again_on_more_images_stays_and_is_marked(tmp_path: Path):
+    study = full_study(tmp_path)
+    config = ConceptsConfig(images=5000, noise=(0.25, 0.5))
+    write_matches(study, "double.1/topk-1024-k16", (0.99, 0.8, 0.7, 0.6), inputs={"config": config})
+    facts = read_facts(study)
+    assert facts.problems == ()
+    assert "topk-1024-k16 (5,000 images)" in {match.name for match in facts.matches}
 
 
 def test_values_that_are_unknown_are_counted_and_not_drawn(tmp_path: Path):
@@ -350,16 +369,20 @@ def test_the_claim_about_normalisation_follows_the_dead_shares(tmp_path: Path):
     assert claim(study, "normalisation").verdict == "not measured"
     write_evaluation(study, "double.1/topk-100-k8-none", dead=60, normalisation="none")
     normalisation = claim(study, "normalisation")
-    assert normalisation.verdict == "holds here" and "60 % dead without, 10 % with" in normalisation.evidence[0]
+    assert normalisation.verdict == "undecided" and "60 % dead without, 10 % with" in normalisation.evidence[0]  # one pair
+    write_evaluation(study, "double.1/topk-100-k8-whiten", dead=10, normalisation="whiten")
+    assert claim(study, "normalisation").verdict == "holds here"
     write_evaluation(study, "double.1/topk-100-k8-none", dead=40, normalisation="none")
     assert claim(study, "normalisation").verdict == "does not hold here"
+    write_evaluation(study, "double.1/topk-100-k8-whiten", dead=10, normalisation="whiten", data="others")
     write_evaluation(study, "double.1/topk-100-k8-none", dead=60, normalisation="none")
     write_evaluation(study, "double.1/topk-100-k8", dead=31, data="other tokens")
     assert claim(study, "normalisation").verdict == "not measured"
     write_evaluation(study, "double.1/topk-100-k8-seed1", dead=0)
     assert claim(study, "normalisation").verdict == "not measured"  # another seed is another difference
-    write_evaluation(study, "double.1/topk-100-k8", dead=31)
-    assert claim(study, "normalisation").verdict == "does not hold here"
+    write_evaluation(study, "double.1/topk-100-k8", dead=10)
+    write_evaluation(study, "double.1/topk-100-k8-whiten", dead=31, normalisation="whiten")
+    assert claim(study, "normalisation").verdict == "undecided"  # the pairs disagree
 
 
 def test_the_claim_about_itda_needs_an_equal_size_and_k_and_every_pair(tmp_path: Path):
@@ -370,9 +393,13 @@ def test_the_claim_about_itda_needs_an_equal_size_and_k_and_every_pair(tmp_path:
     write_evaluation(study, "double.2/itda-512-k8", fvu=0.2)
     assert claim(study, "itda").verdict == "not measured"
     write_evaluation(study, "double.1/itda-500-k8", fvu=0.2)
-    assert claim(study, "itda").verdict == "holds here" and "1 of 1 pair" in claim(study, "itda").evidence[0]
+    assert claim(study, "itda").verdict == "undecided" and "1 of 1 pair" in claim(study, "itda").evidence[0]
+    write_evaluation(study, "double.1/itda-500-k8-seed1", fvu=0.2)
+    assert claim(study, "itda").verdict == "holds here"
     write_evaluation(study, "double.1/topk-512-k8-seed1", fvu=0.19)
     assert claim(study, "itda").verdict == "does not hold here"
+    write_evaluation(study, "double.1/itda-500-k8-seed1", fvu=0.1)
+    assert claim(study, "itda").verdict == "undecided"
     write_evaluation(study, "double.1/topk-512-k8-seed1", fvu=None)
     assert claim(study, "itda").verdict == "holds here"
 
@@ -382,7 +409,7 @@ def test_the_claim_about_itda_needs_an_equal_size_and_k_and_every_pair(tmp_path:
     [
         ("neurons-sae", "double.1/topk-512-k8", "double.1:neurons/neurons-k8"),
         ("neurons-itda", "double.1/itda-512-k8", "double.1:neurons/neurons-k8"),
-        ("axes", "double.1/itda-512-k8", "double.1/random-512-k8"),
+        ("axes-itda", "double.1/itda-512-k8", "double.1/random-512-k8"),
     ],
 )
 def test_claims_about_concepts_follow_the_average_precisions(tmp_path: Path, name: str, ours: str, theirs: str):
@@ -393,18 +420,23 @@ def test_claims_about_concepts_follow_the_average_precisions(tmp_path: Path, nam
     write_matches(study, theirs.replace("-k8", "-k32"), (0.1, 0.1, 0.1, 0.1))
     assert claim(study, name).verdict == "not measured"  # at another k
     write_matches(study, theirs, (0.5, 0.4, 0.3, 0.1))
+    assert claim(study, name).verdict == "undecided"  # one pair
+    write_dictionary(study, f"{ours}-seed1")
+    write_matches(study, f"{ours}-seed1", (0.9, 0.8, 0.7, 0.6))
     judged = claim(study, name)
     assert judged.verdict == "holds here"
     assert all(text in judged.evidence[1] for text in ("mean AP 0.750", "mean AP 0.325", "difference +0.425"))
     write_matches(study, theirs, (0.1, 0.1, 0.9, 0.9))  # lower in the mean, by no more than chance
+    assert claim(study, name).verdict == "undecided"
+    write_matches(study, theirs, (1.0, 1.0, 1.0, 1.0))
     assert claim(study, name).verdict == "does not hold here"
 
 
 def test_only_neurons_are_compared_with_other_sites_of_their_block(tmp_path: Path):
     study, untrained = full_study(tmp_path / "study"), control_study(tmp_path / "control")
-    names = ("axes", "untrained", "neurons-sae")
+    names = ("axes-sae", "untrained-sae", "neurons-sae")
     before = [claim(study, name, untrained) for name in names]
-    assert {own.verdict for own in before} == {"holds here"}
+    assert [own.verdict for own in before] == ["holds here", "holds here", "undecided"]
     for label in ("pca-32-k16", "random-2048-k16"):
         write_matches(study, f"double.1:neurons/{label}", (0.95, 0.9, 0.9, 0.9))
     write_dictionary(untrained, "double.1:neurons/topk-1024-k16")
@@ -430,10 +462,10 @@ def test_the_control_is_the_untrained_model(tmp_path: Path):
     study, untrained = new_study(tmp_path / "study"), control_study(tmp_path / "control")
     write_dictionary(study, "double.1/topk-512-k16")
     write_matches(study, "double.1/topk-512-k16", (0.9, 0.8, 0.7, 0.6))
-    assert claim(study, "untrained").verdict == "not measured"
-    assert claim(study, "untrained", untrained).verdict == "holds here"
+    assert claim(study, "untrained-sae").verdict == "not measured"
+    assert claim(study, "untrained-sae", untrained).verdict == "holds here"
     write_matches(untrained, "double.1/topk-1024-k16", (0.95, 0.85, 0.75, 0.65))
-    assert claim(study, "untrained", untrained).verdict == "does not hold here"
+    assert claim(study, "untrained-sae", untrained).verdict == "does not hold here"
     assert "of an untrained model" in page_of(study, untrained)
 
 
@@ -454,9 +486,11 @@ def test_every_verdict_and_every_rule_is_on_the_page(tmp_path: Path):
     study = full_study(tmp_path)
     page = page_of(study)
     claims = judge_claims(read_facts(study))
-    for verdict in {own.verdict for own in claims}:
-        assert page.count(f" {verdict}</p>") == sum(own.verdict == verdict for own in claims)
-    assert page.count('class="rule"') == len(claims) == 12
+    measured = [own for own in claims if own.verdict != "not measured"]
+    for verdict in {own.verdict for own in measured}:
+        assert page.count(f'class="verdict">{verdict}<') == sum(own.verdict == verdict for own in measured)
+    assert page.count('class="rule"') == len(measured) == 10 and len(claims) == 16
+    assert all(f"<dt><code>{own.command}" in page for own in claims if own not in measured)
     assert next(row["verdict"] for row in rows_of(study, "claims") if row["name"] == "itda") == "holds here"
 
 
@@ -528,7 +562,7 @@ def test_the_report_command_finds_the_control_study(tmp_path: Path, capsys: pyte
     study = full_study(tmp_path)
     control_study(tmp_path / "untrained")
     assert main(["report", str(tmp_path)]) == 0 and "report.html: the report" in capsys.readouterr().out
-    assert claim(study, "untrained", Study.open(tmp_path / "untrained")).verdict == "holds here"
+    assert claim(study, "untrained-sae", Study.open(tmp_path / "untrained")).verdict == "holds here"
     assert "topk-1024-k16, untrained model" in (tmp_path / "report.html").read_text(encoding="utf-8")
     command = parse(["report", str(tmp_path)])
     run_study(replace(study, commands=(command,)), report=lambda _: None)
@@ -541,9 +575,10 @@ def test_the_best_and_the_worst_features_are_shown_in_images(tmp_path: Path):
     write_evaluation(study, "double.1/topk-512-k8")
     write_book(study, "double.1/topk-512-k8", features=12)
     page = page_of(study)
-    # Without explanations and known concepts features are ranked by peak: the six highest and the three lowest.
-    assert [row["feature"] for row in rows_of(study, "images")] == ["11", "10", "9", "8", "7", "6", "2", "1", "0"]
-    assert page.count("<img") == 9 * 5 and page.count("data:image/webp;base64,") == 9 * 5
+    # Without explanations and known concepts features are ranked by peak: the four highest and the two lowest.
+    assert [row["feature"] for row in rows_of(study, "images")] == ["11", "10", "9", "8", "1", "0"]
+    assert [row["feature"] for row in rows_of(study, "wall")] == [str(feature) for feature in reversed(range(12))]
+    assert page.count("<img") == page.count("data:image/webp;base64,") == (12 + 6) * 5
     assert "<b>a star</b>" not in page and "&lt;b&gt;a star" in page
 
 
@@ -625,7 +660,10 @@ def test_the_claim_about_coverage_follows_the_books_of_the_same_images(tmp_path:
         write_dictionary(study, name)
         write_book(study, name, coverage=coverage, data=data)
     covering = claim(study, "covering")
-    assert covering.verdict == verdict
+    assert covering.verdict == ("undecided" if images == "made" else verdict)  # one pair
+    write_dictionary(study, f"{PLACES[0]}-seed1")
+    write_book(study, f"{PLACES[0]}-seed1", coverage=0.25)
+    assert claim(study, "covering").verdict == verdict
     assert (f"{PLACES[1]} {itda:.0%}".replace("%", " %") in covering.evidence[0]) == (images == "made")
 
 
@@ -633,21 +671,21 @@ def test_the_claim_about_coverage_follows_the_books_of_the_same_images(tmp_path:
     ("sae", "itda", "verdict"),
     [
         ("star", "red", "holds here"),
-        ("red", "red", "does not hold here"),
+        ("red", "red", "undecided"),
         ("red", "star", "does not hold here"),
         ("a thing with words", "red", "not measured"),
     ],
 )
 def test_the_claim_about_surfaces_follows_the_concepts_that_explain_features(tmp_path: Path, sae: str, itda: str, verdict: str):
     study = new_study(tmp_path)
-    for name, text in zip(PLACES, (sae, itda), strict=True):
+    for name, text in zip((f"{PLACES[0]}-seed1", *PLACES), (sae, sae, itda), strict=True):
         write_dictionary(study, name)
         write_matches(study, name, (0.9, 0.9), concepts=(Concept("red", "colour"), Concept("star", "shape")))
         write_book(study, name, explained=dict.fromkeys(range(10), (text, 0.85)) | {10: ("star", 0.7), 11: ("red", 0.7)})
     surfaces = claim(study, "surfaces")
     assert surfaces.verdict == verdict
     if verdict == "not measured":
-        assert surfaces.evidence == ("double.1/topk-512-k8: a known concept explains 0 features, 10 are needed",)
+        assert "double.1/topk-512-k8: a known concept explains 0 features, 10 are needed" in surfaces.evidence
 
 
 WORLD = tuple(Concept(f"{group} {i}", group) for group in ("colour", "texture", "background") for i in range(4))
@@ -662,11 +700,13 @@ def test_the_claim_about_steering_needs_features_success_specificity_and_failing
     ) -> str:
         write_matches(study, PLACES[0], aps, concepts=WORLD)
         write_steering(study, PLACES[0], success, random, kept, WORLD)
-        return claim(study, "steering").verdict
+        return claim(study, "steering-sae").verdict
 
-    assert claim(study, "steering").verdict == "not measured"
+    assert claim(study, "steering-sae").verdict == "not measured"
     assert verdict() == "holds here"
-    assert verdict(success=0.6) == verdict(kept=0.85) == verdict(random=0.2) == "does not hold here"
+    every = (0.9,) * 12
+    assert verdict(every, success=0.6) == verdict(every, random=0.2) == verdict(kept=0.85) == "does not hold here"
+    assert verdict(success=0.6) == verdict(random=0.2) == "undecided"  # two concepts of each group, and some success
     assert (
         verdict(aps=(0.9, 0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.9)) == "does not hold here"
     )  # one texture of four
@@ -677,13 +717,13 @@ def test_concepts_that_too_few_images_show_count_as_without_a_feature(tmp_path: 
     write_dictionary(study, PLACES[0])
     write_matches(study, PLACES[0], (0.9, 0.9, 0.1, 0.1) * 3, concepts=WORLD, rare=rare[:1])
     write_steering(study, PLACES[0], concepts=WORLD)
-    steering = claim(study, "steering")
-    assert steering.verdict == "does not hold here"
+    steering = claim(study, "steering-sae")
+    assert steering.verdict == "undecided"
     assert any("texture: 2 of 5 have a feature (1 of the 5 is shown too rarely to tell)" in line for line in steering.evidence)
     page = page_of(study)
     assert ">2 of 5</td>" in page and ">2 of 4</td>" in page
     write_matches(study, PLACES[0], (0.9,) * 8, concepts=[concept for concept in WORLD if concept.group != "texture"], rare=rare)
-    assert claim(study, "steering").verdict == "not measured"
+    assert claim(study, "steering-sae").verdict == "not measured"
 
 
 def test_the_evidence_on_steering_begins_with_all_three_groups_together(tmp_path: Path):
@@ -691,17 +731,18 @@ def test_the_evidence_on_steering_begins_with_all_three_groups_together(tmp_path
     write_dictionary(study, PLACES[0])
     write_matches(study, PLACES[0], (0.9,) * 5 + (0.1,) * 7, concepts=WORLD)
     write_steering(study, PLACES[0], concepts=WORLD, success=0.6)
-    write_dictionary(study, PLACES[1])  # it comes first by name, and has no feature
-    write_matches(study, PLACES[1], (0.1,) * 12, concepts=WORLD)
-    write_steering(study, PLACES[1], concepts=WORLD)
-    evidence = claim(study, "steering").evidence
+    places = (PLACES[0], "double.1/topk-300-k8")
+    write_dictionary(study, places[1])  # it comes first by name, and has no feature
+    write_matches(study, places[1], (0.1,) * 12, concepts=WORLD)
+    write_steering(study, places[1], concepts=WORLD)
+    evidence = claim(study, "steering-sae").evidence
     assert evidence[0] == (
         f"{PLACES[0]}, colours, textures and backgrounds together: 5 of 12 have a feature; 60 % above the rate without (keeping "
         "95 %, at strength 1.00); random directions 0 %"
     )
-    assert evidence[1] == f"{PLACES[1]}, colours, textures and backgrounds together: 0 of 12 have a feature"
+    assert evidence[1] == f"{places[1]}, colours, textures and backgrounds together: 0 of 12 have a feature"
     assert [line.split(":")[0] for line in evidence[2:]] == [
-        f"{place}, {group}" for place in PLACES for group in ("colour", "texture", "background")
+        f"{place}, {group}" for place in places for group in ("colour", "texture", "background")
     ]
 
 
@@ -716,25 +757,24 @@ def test_concepts_from_a_file_are_shown_but_are_no_evidence_for_the_claim(tmp_pa
     assert f"{PLACES[1]}: results of steering need the matches of its features" in page
     assert "a dog by features, unedited" in page and ">1 from a file</td>" in page
     assert "clip-large says whether" in page and "a judge of the miniature world" not in page
-    assert {(row["dictionary"], row["group"], row["concepts"]) for row in rows_of(study, "success")} == {
-        (PLACES[0], "animal", "1")
-    }
+    drawn = {(row["dictionary"], row["group"], row["concepts"]) for row in rows_of(study, "strengths")}
+    assert drawn == {(PLACES[0], "animal", "1"), (PLACES[0], "all", "1")}
     assert {row["detected"] for row in rows_of(study, "points")} == {"from a file"}
-    assert claim(study, "steering").verdict == "not measured"
+    assert claim(study, "steering-sae").verdict == "not measured"
     write_matches(study, PLACES[0], (0.9,) * 12, concepts=WORLD)
     write_steering(study, PLACES[0], concepts=WORLD, checksum="5eed", judge="clip-large")
-    assert claim(study, "steering").verdict == "not measured"
+    assert claim(study, "steering-sae").verdict == "not measured"
 
 
 def test_baselines_are_measured_on_the_concepts_that_each_dictionary_detects(tmp_path: Path):
     study = full_study(tmp_path)
     write_steering(study, "double.1/itda-1020-k16-first100", random=0.1)
     page = page_of(study)
-    concepts = {(row["dictionary"], row["method"], row["concepts"]) for row in rows_of(study, "success")}
+    concepts = {(row["dictionary"], row["method"], row["concepts"]) for row in rows_of(study, "strengths")}
     methods = ("feature", "neuron", "contrast", "random", "prompt")
     both = (("double.1/topk-1024-k16", "2"), ("double.1/itda-1020-k16-first100", "1"))
     assert concepts == {(name, method, number) for name, number in both for method in methods}
-    random = [tip for tip in tips(page, "success") if tip.startswith("random directions\nstrength 1\n")]
+    random = [tip for tip in tips(page, "strengths") if tip.startswith("random directions\nstrength 1\nsuccess")]
     assert random == [
         "random directions\nstrength 1\nsuccess 10 % (10 % to 10 %)\n1 concept",
         "random directions\nstrength 1\nsuccess 0 % (0 % to 0 %)\n2 concepts",
@@ -764,7 +804,8 @@ def test_the_numbers_on_steering_are_those_of_the_records(tmp_path: Path):
         if (row["dictionary"], row["method"], row["group"]) == ("double.1/topk-1024-k16", "feature", "colour")
     ]
     assert (own["concepts"], own["with a feature"], own["gain"], own["kept"], own["strength"]) == ("2", "2", "0.9", "0.95", "1.0")
-    points, drawn = rows_of(study, "points"), rows_of(study, "success")
+    points = rows_of(study, "points")
+    drawn = [row for row in rows_of(study, "strengths") if row["measure"] == "success" and row["group"] != "all"]
     assert len(points) == 2 * 4 * (4 * 3 + 1) and {row["group"] for row in points if row["detected"] == "yes"} == {"colour"}
     assert {row["group"] for row in drawn} == {"colour"}  # no shape has a feature of AP 0.8
     itda = [row for row in drawn if row["dictionary"].endswith("first100") and row["method"] == "feature"]
@@ -781,7 +822,7 @@ def test_steering_results_of_older_weights_are_named_and_left_out(tmp_path: Path
     strip = tmp_path / "steering" / "judged" / "double.1" / "topk-1024-k16" / "colour-feature.webp"
     strip.write_bytes(b"no image")
     page = page_of(study)
-    assert "colour-feature.webp" in page.split("</aside>")[0] and "red by neurons, unedited" in page
+    assert "colour-feature.webp" in page and "colour-feature.webp" not in figures_of(page) and "red by neurons, unedited" in page
     write_dictionary(study, "double.1/topk-1024-k16", weights=b"trained again")
     page = page_of(study)
     assert "double.1/topk-1024-k16: the dictionary has changed since it was steered with" in page
@@ -800,15 +841,15 @@ def test_steering_results_that_are_not_finite_are_named_and_left_out(tmp_path: P
 def test_the_claim_about_removal_needs_half_of_the_colours_and_of_the_backgrounds(tmp_path: Path):
     study = new_study(tmp_path)
     write_dictionary(study, PLACES[0])
-    assert claim(study, "removal").verdict == "not measured"
+    assert claim(study, "removal-sae").verdict == "not measured"
     write_removal(study, PLACES[0], groups=("colour",))
-    assert claim(study, "removal").verdict == "not measured"
+    assert claim(study, "removal-sae").verdict == "not measured"
     write_removal(study, PLACES[0])
-    assert claim(study, "removal").verdict == "holds here"
+    assert claim(study, "removal-sae").verdict == "holds here"
     write_removal(study, PLACES[0], cra=0.85)
-    assert claim(study, "removal").verdict == "does not hold here"
+    assert claim(study, "removal-sae").verdict == "does not hold here"
     write_dictionary(study, PLACES[0], weights=b"trained again")
-    assert "is of older weights of its dictionaries" in page_of(study) and claim(study, "removal").verdict == "not measured"
+    assert "is of older weights of its dictionaries" in page_of(study) and claim(study, "removal-sae").verdict == "not measured"
 
 
 def test_findings_are_shown_with_verdict_and_rule_at_every_site(tmp_path: Path):

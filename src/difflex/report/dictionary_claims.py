@@ -9,11 +9,14 @@ from typing import Literal
 
 from difflex.report.facts import DictionaryFacts, MatchFacts, StudyFacts, similar_size
 from difflex.report.figures.concepts import mean_ap
-from difflex.report.figures.dictionaries import normalisation_variants
+from difflex.report.figures.dictionaries import normalisation_variants, without_normalisation
 from difflex.report.style import SAE_KINDS, count, number, percent
 
 MOST, FEW = 0.5, 0.3
 """More than half are most; fewer than 30 % are few, as in the paper."""
+PAIRS = 2
+"""How many comparisons must agree to decide a claim: one training of each kind may be an exception."""
+Verdict = Literal["holds here", "does not hold here", "undecided", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,23 @@ class Claim:
     statement: str
     rule: str
     """When it holds."""
-    holds: bool | None
-    """None if it is not measured."""
+    outcomes: Sequence[bool | None]
+    """Of each comparison: whether it supports the claim; None if its numbers cannot tell."""
     numbers: Sequence[str]
     """A line for each comparison."""
     command: str
     """Measures it."""
+    least: int = PAIRS
+    """How many comparisons must agree."""
 
     @property
-    def verdict(self) -> Literal["holds here", "does not hold here", "not measured"]:
-        """Whether it holds in this study."""
-        return "not measured" if self.holds is None else "holds here" if self.holds else "does not hold here"
+    def verdict(self) -> Verdict:
+        """Whether it holds in this study; decided only where enough comparisons agree."""
+        if not self.outcomes:
+            return "not measured"
+        if None in self.outcomes or len({*self.outcomes}) > 1 or len(self.outcomes) < self.least:
+            return "undecided"
+        return "holds here" if self.outcomes[0] else "does not hold here"
 
     @property
     def evidence(self) -> tuple[str, ...]:
@@ -42,16 +51,20 @@ class Claim:
         return tuple(self.numbers) or (f"Missing: {self.command}.",)
 
 
+def kinds_of(facts: StudyFacts) -> dict[str, tuple[str, ...]]:
+    """Return the kinds of dictionaries that claims are about, by name: SAEs, and ITDA if the study has one."""
+    kinds: dict[str, tuple[str, ...]] = {"SAE": SAE_KINDS}
+    return kinds | ({"ITDA": ("itda",)} if any(d.kind == "itda" for d in facts.dictionaries) else {})
+
+
 def dictionary_claims(facts: StudyFacts) -> list[Claim]:
-    """Return the claims about the dictionaries and the concepts that their features match."""
-    return [
-        _dead_without_normalisation(facts),
-        _itda_reconstructs_better(facts),
-        _better_than_neurons(facts, SAE_KINDS, "SAE"),
-        _better_than_neurons(facts, ("itda",), "ITDA"),
-        _better_than_untrained_directions(facts),
-        _better_than_untrained_model(facts),
+    """Return the claims about the dictionaries and the concepts that their features match; one for each kind of dictionary."""
+    compared = [
+        claim(facts, kinds, name)
+        for claim in (_better_than_neurons, _better_than_untrained_directions, _better_than_untrained_model)
+        for name, kinds in kinds_of(facts).items()
     ]
+    return [_dead_without_normalisation(facts), _itda_reconstructs_better(facts), *compared]
 
 
 def model_claims(facts: StudyFacts) -> list[Claim]:
@@ -72,14 +85,16 @@ def _dead_without_normalisation(facts: StudyFacts) -> Claim:
         "normalisation",
         "Without normalisation most features of an SAE are dead, with standardising or whitening few are.",
         "At every site, kind, k and size trained both ways, more than half of the features are dead without normalisation "
-        "and fewer than 30 % with it (the paper: over 99 % and under 30 %). Dead: fired at none of the held-out tokens.",
-        holds=all(bare.metrics.dead_share > MOST and other.metrics.dead_share < FEW for bare, other in pairs) if pairs else None,
+        "and fewer than 30 % with it (the paper: over 99 % and under 30 %), in two comparisons or more. Dead: fired at none of "
+        "the "
+        "held-out tokens.",
+        outcomes=[bare.metrics.dead_share > MOST and other.metrics.dead_share < FEW for bare, other in pairs],
         numbers=[
             f"{bare.name}: {percent(bare.metrics.dead_share)} dead without, {percent(other.metrics.dead_share)} with "
             f"normalisation ({other.normalisation})"
             for bare, other in pairs
         ],
-        command="difflex train STUDY --normalisation none in addition to the usual one, then difflex evaluate STUDY",
+        command=without_normalisation(facts),
     )
 
 
@@ -88,20 +103,21 @@ def _itda_reconstructs_better(facts: StudyFacts) -> Claim:
     normalised = [
         (d, d.fvu) for d in facts.evaluated if d.normalisation != "none" and d.fvu is not None and math.isfinite(d.fvu)
     ]  # an FVU of NaN is no evidence either way
-    lines, better = [], 0
+    lines: list[str] = []
+    better: list[bool] = []
     for itda, fvu in normalised:
         saes = [(best, sae) for sae, best in normalised if _is_equal_sae(itda, sae)] if itda.kind == "itda" else []
         if saes:
             best, sae = min(saes, key=lambda pair: pair[0])
-            better += fvu < best
+            better.append(fvu < best)
             lines.append(f"{itda.name}: FVU {number(fvu)}; {sae.ref.label}: {number(best)}")
     return Claim(
         "itda",
         "ITDA reconstructs activations better than an SAE of equal size.",
         "Every ITDA has a lower FVU in model space than the best SAE at the same site, with the same k and a size within 10 %; "
-        "only dictionaries that normalise their data.",
-        holds=better == len(lines) if lines else None,
-        numbers=[f"ITDA is better in {better} of {count(len(lines), 'pair')}.", *lines] if lines else (),
+        "only dictionaries that normalise their data. One pair decides nothing: another seed may turn it round.",
+        outcomes=better,
+        numbers=[f"ITDA is better in {sum(better)} of {count(len(lines), 'pair')}.", *lines] if lines else (),
         command="difflex train and difflex itda at one k and size, then difflex evaluate STUDY",
     )
 
@@ -121,23 +137,25 @@ def _better_than_neurons(facts: StudyFacts, kinds: Sequence[str], name: str) -> 
     )
 
 
-def _better_than_untrained_directions(facts: StudyFacts) -> Claim:
+def _better_than_untrained_directions(facts: StudyFacts, kinds: Sequence[str], name: str) -> Claim:
     return _comparison(
-        "axes",
-        "Features match known concepts better than principal axes and random directions do (not in the paper: a control).",
+        f"axes-{name.lower()}",
+        f"{name} features match known concepts better than principal axes and random directions do (not in the paper: a "
+        "control).",
         "the principal axes and the random directions of the same site",
-        pairs=_pairs_at_site(facts, lambda _, other: other.kind in ("pca", "random")),
+        pairs=_pairs_at_site(facts, kinds, lambda _, other: other.kind in ("pca", "random")),
         command="difflex concepts STUDY",
     )
 
 
-def _better_than_untrained_model(facts: StudyFacts) -> Claim:
+def _better_than_untrained_model(facts: StudyFacts, kinds: Sequence[str], name: str) -> Claim:
     return _comparison(
-        "untrained",
-        "Features match known concepts better than those of an untrained model do (not in the paper: a control).",
+        f"untrained-{name.lower()}",
+        f"{name} features match known concepts better than those of an untrained model do (not in the paper: a control).",
         "the dictionaries of the untrained model at the same site, of the same kind",
-        pairs=_pairs_at_site(facts, lambda own, other: other.untrained and own.kind == other.kind),
+        pairs=_pairs_at_site(facts, kinds, lambda own, other: other.untrained and own.kind == other.kind),
         command="difflex concepts STUDY CONTROL, then difflex report STUDY --control CONTROL",
+        least=1,
     )
 
 
@@ -145,9 +163,9 @@ MatchPair = tuple[MatchFacts, MatchFacts]
 IsBaseline = Callable[[MatchFacts, MatchFacts], bool]
 
 
-def _pairs_at_site(facts: StudyFacts, is_baseline: IsBaseline) -> list[MatchPair]:
-    """Return each trained SAE and ITDA with each of its baselines at the same site, of the same k; a block has several sites."""
-    pairs = _pairs(facts, (*SAE_KINDS, "itda"), is_baseline)
+def _pairs_at_site(facts: StudyFacts, kinds: Sequence[str], is_baseline: IsBaseline) -> list[MatchPair]:
+    """Return each trained dictionary with each of its baselines at the same site, of the same k; a block has several sites."""
+    pairs = _pairs(facts, kinds, is_baseline)
     return [(own, other) for own, other in pairs if own.matches.site == other.matches.site]
 
 
@@ -160,10 +178,14 @@ def _pairs(facts: StudyFacts, kinds: Sequence[str], is_baseline: IsBaseline) -> 
     return pairs
 
 
-def _comparison(name: str, statement: str, baselines: str, *, pairs: Sequence[MatchPair], command: str) -> Claim:
-    """Judge that in each pair the first matches known concepts better."""
+def _comparison(
+    name: str, statement: str, baselines: str, *, pairs: Sequence[MatchPair], command: str, least: int = PAIRS
+) -> Claim:
+    """Judge that in each pair the first matches known concepts better; a pair whose interval has 0 in it cannot tell."""
     gains = [(own, other, gain) for own, other in pairs if (gain := _gain(own, other)) is not None]
-    better = sum(low > 0 for _, _, (_, low, _) in gains)
+    outcomes = [True if low > 0 else False if high < 0 else None for _, _, (_, low, high) in gains]
+    better, worse = outcomes.count(True), outcomes.count(False)
+    enough = "two comparisons or more" if least > 1 else "one comparison or more"
     lines = [
         f"{own.path}, {_scores(own)}; {_scores(other)}; difference {mean:+.3f} ({low:+.3f} to {high:+.3f})"
         for own, other, (mean, low, high) in gains
@@ -172,11 +194,12 @@ def _comparison(name: str, statement: str, baselines: str, *, pairs: Sequence[Ma
         name,
         statement,
         f"In every comparison with {baselines}, at the same k, the best features' AP is higher in the mean over concepts: the "
-        "95 % interval of the difference (1.96 standard errors over concepts, paired) lies above 0. Only dictionaries that "
-        "normalise their data.",
-        holds=better == len(gains) if gains else None,
-        numbers=[f"Better in {better} of {count(len(gains), 'comparison')}.", *lines] if gains else (),
+        f"95 % interval of the difference (1.96 standard errors over concepts, paired) lies above 0, in {enough}. It does not "
+        "hold where all intervals lie below 0. Only dictionaries that normalise their data.",
+        outcomes=outcomes,
+        numbers=[f"Better in {better} of {count(len(gains), 'comparison')}, worse in {worse}.", *lines] if gains else (),
         command=command,
+        least=least,
     )
 
 
@@ -184,9 +207,12 @@ def _gain(own: MatchFacts, other: MatchFacts) -> tuple[float, float, float] | No
     """Return the mean difference of the best features' AP over the concepts of both, and its 95 % interval."""
     ours, theirs = ({r.concept: r.best.ap.value for r in match.matches.clearest_level.results} for match in (own, other))
     gains = [gain for concept in ours if concept in theirs and math.isfinite(gain := ours[concept] - theirs[concept])]
-    if len(gains) < 2:
-        return None
-    mean, half = fmean(gains), 1.96 * stdev(gains) / math.sqrt(len(gains))
+    return interval_of(gains) if len(gains) > 1 else None
+
+
+def interval_of(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of two values or more, and its 95 % interval of 1.96 standard errors."""
+    mean, half = fmean(values), 1.96 * stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
@@ -211,12 +237,13 @@ def _norms_differ(facts: StudyFacts) -> Claim:
         "The norms of activations differ between layers and between timesteps.",
         "In each stream, at some timestep the longest layer's mean norm is at least twice the shortest's, and in some "
         "layer the longest timestep's at least 1.1 times the shortest's.",
-        holds=all(layers >= 2 and timesteps >= 1.1 for layers, timesteps in ratios.values()) if ratios else None,
+        outcomes=[all(layers >= 2 and timesteps >= 1.1 for layers, timesteps in ratios.values())] if ratios else (),
         numbers=[
             f"{stream}: the largest over the smallest norm is {layers:.3g} over layers and up to {timesteps:.3g} over timesteps"
             for stream, (layers, timesteps) in ratios.items()
         ],
         command=f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY, at two layers and two steps or more",
+        least=1,
     )
 
 
@@ -243,7 +270,8 @@ def _spectrum_is_concentrated(facts: StudyFacts) -> Claim:
         "The spectrum is concentrated: few principal directions hold most of the variance.",
         "At every site measured, a tenth of the principal directions holds more than half of the variance (with equal variances "
         "it would hold a tenth).",
-        holds=all(share > MOST for share in shares) if shares else None,
+        outcomes=[all(share > MOST for share in shares)] if shares else (),
         numbers=lines,
         command=f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY",
+        least=1,
     )

@@ -15,16 +15,17 @@ from difflex.files import write_file
 from difflex.report.claims import claims
 from difflex.report.drawing import Drawing, element
 from difflex.report.drawing.charts import legend
-from difflex.report.facts import StudyFacts
+from difflex.report.facts import StudyFacts, group_by
 from difflex.report.figures import ReportFigure, ReportSection
 from difflex.report.figures.anatomy import anatomy
 from difflex.report.figures.concepts import concepts
-from difflex.report.figures.dictionaries import dictionaries, firing
 from difflex.report.figures.effects import findings, removal
-from difflex.report.figures.explanations import explanations, images
+from difflex.report.figures.explanations import explanations
+from difflex.report.figures.gallery import gallery, wall
 from difflex.report.figures.paper import paper_figures
 from difflex.report.figures.quality import quality
-from difflex.report.figures.steering import steering
+from difflex.report.figures.steering import steering, strip
+from difflex.report.figures.summary import summary
 from difflex.report.reading import read_facts
 from difflex.report.style import count
 from difflex.study import CommandRecord, Study
@@ -42,10 +43,11 @@ def write_report(study: Study, control: Study | None = None, spell: Spell | None
     `control` is a study of the same model untrained; `spell` returns the words of a command.
     """
     facts = read_facts(study, control)
-    sections = [*(section(facts) for section in SECTIONS), _commands(facts, spell or _plain_words)]
-    sections.insert(PAPER, paper_figures(facts, {figure.name: figure for section in sections for figure in section.figures}))
+    sections = [section(facts) for section in SECTIONS]
+    sections.append(paper_figures(facts, {figure.name: figure for section in sections for figure in section.figures}))
+    sections.append(_study(facts, spell or _plain_words))
     page = study.folder / "report.html"
-    write_file(page, render("page.html", sections, facts=facts).encode())
+    write_file(page, render("page.html", sections, facts=facts, summary=summary(facts)).encode())
     figures = [figure for section in sections for figure in section.figures]
     folder = study.folder / "report"
     files = {folder / f"{figure.name}.csv": figure.csv for figure in figures}
@@ -68,8 +70,10 @@ def render(template: str, sections: Sequence[ReportSection], **values: object) -
         Markup().join(Markup((HERE / name).read_text(encoding="utf-8")) for name in (f"drawing/drawing.{kind}", f"page.{kind}"))
         for kind in ("css", "js")
     )
+    shown = [section for section in sections if section.is_shown]
+    missing = group_by((gap for section in sections for gap in section.missing), lambda gap: gap.command)
     return environment.get_template(template).render(
-        sections=sections, style=style, script=script, legend=legend, download=_download, **values
+        sections=shown, missing=missing, style=style, script=script, legend=legend, download=_download, **values
     )
 
 
@@ -97,7 +101,8 @@ def _download(figure: ReportFigure) -> str:
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(figure.csv.encode()).decode()
 
 
-def _overview(facts: StudyFacts) -> ReportSection:
+def _study(facts: StudyFacts, spell: Spell) -> ReportSection:
+    """Return the section about the study itself: its files and its commands."""
     seconds = sum(entry.seconds or 0 for entry in facts.log)
     values = {
         "Model": facts.study.model,
@@ -108,53 +113,24 @@ def _overview(facts: StudyFacts) -> ReportSection:
         **({"Time of its commands": _duration(seconds)} if seconds else {}),
     }
     entries = [element("div", element("dt", name), element("dd", value)) for name, value in values.items()]
-    body = element("dl", *entries, class_="summary") + _stations(facts) + problem_list("Left out of this report", facts.problems)
-    return ReportSection(name="study", title="The study", body=body)
+    body = element("dl", *entries, class_="summary") + problem_list("Left out of this report", facts.problems)
+    return ReportSection(name="study", title="The study and its commands", body=body + _commands(facts, spell))
 
 
-def _stations(facts: StudyFacts) -> Markup:
-    """Return a line for each station: how far it is, and the command that continues it."""
-    tokens = sum(store.tokens for store in facts.stores)
-    unfinished = sum(not store.complete for store in facts.stores)
-    trained, evaluated = len(facts.dictionaries), len(facts.evaluated)
-    effects = sum(dictionary.metrics.effect is not None for dictionary in facts.evaluated)
-    compared = len({str(match.matches.site) + match.matches.label for match in facts.matches if match.is_trained})
-    sites = ", ".join(f"{store.site} ({store.tokens:,})" for store in facts.stores)
-    harvested = f"{count(tokens, 'token')} at {count(len(facts.stores), 'site')}: {sites}" if facts.stores else "none"
-    harvested += f"; {unfinished} not finished" if unfinished else ""
-    anatomy = facts.anatomy
-    measured = f"norms of {count(len(anatomy.norms), 'site')}, spectra of {len(anatomy.shapes)}" if anatomy else "not measured"
-    lines = [
-        ("Activations", bool(tokens) and not unfinished, harvested, "harvest"),
-        ("Dictionaries", trained > 0, count(trained, "dictionary", "dictionaries"), "train, difflex itda"),
-        ("Evaluation", 0 < evaluated == trained, f"{evaluated} of {trained} evaluated", "evaluate"),
-        ("Effect on the model", 0 < effects == trained, f"{effects} of {trained} measured", "evaluate --effect-shots"),
-        ("Known concepts", compared > 0, f"{count(compared, 'dictionary', 'dictionaries')} of {trained} compared", "concepts"),
-        ("Anatomy", anatomy is not None, measured, "anatomy"),
-    ]
-    items = []
-    for name, done, state, verb in lines:
-        sign = element("span", "✓" if done else "○", aria_hidden="true", class_="sign")
-        command = () if done else (" · ", element("code", f"difflex {verb}"))
-        text = element("span", element("b", name), " ", state, *command)
-        items.append(element("li", sign, text, class_="done" if done else "open"))
-    return element("ul", *items, class_="stations")
-
-
-def _commands(facts: StudyFacts, spell: Spell) -> ReportSection:
+def _commands(facts: StudyFacts, spell: Spell) -> Markup:
     if facts.log:
         line = ["difflex", *(spell(facts.recipe) if facts.recipe else ("run", "RECIPE")), "--out", "STUDY"]
-        lead = "One command runs the recipe: it skips finished commands and repeats stale ones. Its commands:"
+        lead = "One command runs the recipe again: it skips finished commands and repeats stale ones."
         items = [_command(entry, spell) for entry in facts.log if entry.verb != "report"]
-        commands = element("ol", *items, class_="commands")
+        head = element("summary", f"Its {count(len(items), 'command')}, with their times")
+        commands = element("details", head, element("ol", *items, class_="commands"))
     else:
         line, commands = ["difflex", "report", "STUDY"], Markup()
         lead = (
             "This study has no log, as its commands were not run by a recipe. The settings of each dictionary are in its "
             "config.json."
         )
-    code = element("pre", element("code", shlex.join(line)), tabindex="0")
-    return ReportSection(name="commands", title="How to run it again", lead=lead, body=code + commands)
+    return element("p", lead) + element("pre", element("code", shlex.join(line))) + commands
 
 
 def _command(entry: CommandRecord, spell: Spell) -> Markup:
@@ -191,19 +167,16 @@ def _duration(seconds: float) -> str:
 
 
 SECTIONS: tuple[Callable[[StudyFacts], ReportSection], ...] = (
-    _overview,
-    claims,
-    anatomy,
-    firing,
+    wall,
+    strip,
     quality,
     concepts,
+    anatomy,
     explanations,
+    gallery,
     steering,
     removal,
     findings,
-    images,
-    dictionaries,
+    claims,
 )
-"""The sections in their order on the page."""
-PAPER = 2
-"""The place of the section about the figures of the paper: after the claims."""
+"""The sections in their order on the page; the figures of the paper and the study itself follow."""

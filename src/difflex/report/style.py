@@ -1,7 +1,7 @@
 """How figures write numbers, and the names and styles of the kinds of dictionaries."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from difflex.report.drawing.charts import Series, SeriesStyle
 
@@ -53,6 +53,18 @@ def grouped(texts: Mapping[str, str]) -> str:
     """Return the distinct texts of several names, each with the names it is true of unless it is true of all."""
     names = {text: [name for name, own in texts.items() if own == text] for text in texts.values()}
     return "; ".join(text if len(names) == 1 else f"{text} ({', '.join(of)})" for text, of in names.items())
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a dictionary from its name, SITE/LABEL."""
+    return name.rpartition("/")[2].partition("-")[0]
+
+
+def listed(words: Sequence[str], limit: int = 6) -> str:
+    """Return words as in `a, b and c`; beyond a limit only their number."""
+    if len(words) > limit:
+        return f"{', '.join(words[: limit - 1])} and {len(words) - limit + 1} more"
+    return " and ".join([*([", ".join(words[:-1])] if len(words) > 1 else []), *words[-1:]])
 
 
 def numbered_style(i: int) -> SeriesStyle:

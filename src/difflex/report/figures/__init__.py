@@ -71,12 +71,17 @@ class ReportSection:
     body: Markup = EMPTY
     """What comes before the figures, such as a table or a list of claims."""
     parts: Sequence[ReportFigure | MissingFigure] = ()
-    """The figures in their order; missing ones are listed at the end."""
+    """The figures in their order; missing ones are listed at the end of the page."""
 
     @property
     def figures(self) -> list[ReportFigure]:
         """The figures that are not missing."""
         return [part for part in self.parts if isinstance(part, ReportFigure)]
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it has something to show; what it lacks is listed at the end of the page."""
+        return bool(self.body) or any(figure.drawings for figure in self.figures) or not self.parts
 
     @property
     def missing(self) -> list[MissingFigure]:

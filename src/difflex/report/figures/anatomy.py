@@ -29,7 +29,10 @@ def anatomy(facts: StudyFacts) -> ReportSection:
         name="anatomy",
         title="The model",
         lead="The norms of its activations from layer to layer and timestep to timestep, and how many directions they fill.",
-        parts=[norms or MissingFigure("Norms by layer and timestep", command), spectra or MissingFigure("Spectra", command)],
+        parts=[
+            norms or MissingFigure("Norms of several layers at several timesteps", f"{command} --steps 4"),
+            spectra or MissingFigure("Spectra", command),
+        ],
     )
 
 
@@ -40,7 +43,7 @@ def _norms_figure(anatomy: Anatomy) -> ReportFigure | None:
         (str(site), site.stream, t, norm) for sites in streams.values() for site, by in sites.items() for t, norm in by.items()
     ]
     values = [norm for *_, norm in rows if _is_drawable(norm)]
-    if not values:
+    if not values or len({t for _, _, t, _ in rows}) < 2 or len(residuals) < 2:
         return None
     low, high = min(values), max(values)
     return ReportFigure(

@@ -9,7 +9,7 @@ from difflex.report.drawing import Axis, Drawing
 from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, Series, SeriesStyle, plot, row_chart
 from difflex.report.facts import MatchFacts, StudyFacts
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
-from difflex.report.figures.roles import PROBE_NAME, roles
+from difflex.report.figures.roles import PROBE_NAME, BlockRoles, role_table, roles
 from difflex.report.style import kind_series, number, percent
 
 Blocks = Mapping[str, Sequence[MatchFacts]]
@@ -26,10 +26,11 @@ def concepts(facts: StudyFacts) -> ReportSection:
     missing = MissingFigure("Features compared with known concepts, by layer and noise level", "difflex concepts STUDY")
     return ReportSection(
         name="concepts",
-        title="What features stand for",
+        title="What each layer knows",
         lead="Every feature is compared with concepts whose place in images is known. The best feature of a concept is chosen on "
         "training images and measured on held-out ones; AP is average precision over tokens, 1 for a feature that fires where "
         "the concept is and nowhere else.",
+        body=role_table(BlockRoles.of(facts)),
         parts=[*roles(facts), _features(blocks), _coverage(blocks)] if blocks else [missing],
     )
 

@@ -10,21 +10,23 @@ from difflex.report.drawing import Axis, Drawing, element
 from difflex.report.drawing.charts import ChartRow, PlotPoint, row_chart
 from difflex.report.drawing.heat import HeatCell, HeatStrip, heat_strips, ramp
 from difflex.report.facts import DictionaryFacts, StudyFacts, group_by
-from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, SortableRow, sortable_table
-from difflex.report.style import kind_series, number, percent
+from difflex.report.figures import MissingFigure, ReportFigure, SortableRow, sortable_table
+from difflex.report.style import SAE_KINDS, kind_series, listed, number, percent
 
 
-def firing(facts: StudyFacts) -> ReportSection:
-    """Return the section about how often features fire."""
+def firing(facts: StudyFacts) -> list[ReportFigure | MissingFigure]:
+    """Return the figures about how often features fire."""
     evaluated, groups = facts.evaluated, normalisation_variants(facts.evaluated)
-    dead = MissingFigure("Dead features by normalisation", "difflex train STUDY --normalisation none")
+    dead = MissingFigure("Dead features by normalisation", without_normalisation(facts))
     density = MissingFigure("Density of features", "difflex evaluate STUDY")
-    return ReportSection(
-        name="firing",
-        title="How often features fire",
-        lead="A feature that never fires explains nothing. Normalisation of the activations decides how many of them there are.",
-        parts=[_dead(groups) if groups else dead, _density(evaluated) if evaluated else density],
-    )
+    return [_density(evaluated) if evaluated else density, _dead(groups) if groups else dead]
+
+
+def without_normalisation(facts: StudyFacts) -> str:
+    """Return the command that trains and evaluates an SAE without normalisation, of the shape of the smallest with it."""
+    saes = sorted((d for d in facts.dictionaries if d.kind in SAE_KINDS), key=lambda d: (d.size, d.k))
+    shape = f"--site {saes[0].ref.site} --k {saes[0].k} --size {saes[0].size}" if saes else "--site SITE"
+    return f"difflex train STUDY {shape} --normalisation none, then difflex evaluate STUDY"
 
 
 def normalisation_variants(evaluated: Iterable[DictionaryFacts]) -> list[list[DictionaryFacts]]:
@@ -45,9 +47,9 @@ def _dead(groups: Iterable[Iterable[DictionaryFacts]]) -> ReportFigure:
     return ReportFigure(
         name="dead",
         title="Dead features by normalisation",
-        caption="The same site, kind, k, size and data, trained on activations as they are (none), with mean 0 and deviation 1 "
-        "on each axis (standardise), or rotated to their principal axes as well (whiten). Compare with figure 5 of arXiv "
-        "2505.24360.",
+        caption="A feature that never fires explains nothing. The same site, kind, k, size and data, trained on activations as "
+        "they are (none), with mean 0 and deviation 1 on each axis (standardise), or rotated to their principal axes as well "
+        "(whiten). Compare with figure 5 of arXiv 2505.24360.",
         formula="features that fired at none of the held-out tokens / all features",
         columns=("dictionary", "normalisation", "features", "dead", "dead share", "tokens"),
         rows=[
@@ -124,7 +126,7 @@ def _space_columns(name: str, entry: str, meaning: str) -> tuple[TableColumn, Ta
         return getattr(quality.normalised_space or quality.model_space, entry)
 
     model_space = TableColumn(name, meaning, lambda evaluation: getattr(evaluation.overall.model_space, entry))
-    return model_space, TableColumn(f"{name} in z", "the same in the space of normalised activations", normalised)
+    return model_space, TableColumn(f"{name} in z", f"{name} in the space of normalised activations", normalised)
 
 
 def _integer(value: float | None) -> str:
@@ -154,13 +156,11 @@ METRICS = {
     "cosine": ("cosine", "of x and y, mean over tokens, in model space"),
 }
 """The metrics of both spaces: their entries in a record, and their meanings."""
+SPACES = {name: _space_columns(name, *metric) for name, metric in METRICS.items()}
 COLUMNS = (
     TableColumn("tokens", "held-out tokens that were measured", lambda e: e.tokens, _integer),
-    *(column for name, metric in METRICS.items() for column in _space_columns(name, *metric)),
+    *(SPACES[name][0] for name in ("FVU", "r2")),
     TableColumn("L0", "codes other than 0 per token", lambda e: e.overall.l0),
-    TableColumn(
-        "negative", "share of these that are negative; they do not count as firing", lambda e: e.overall.negative, percent
-    ),
     TableColumn("dead", "share of features that fired at none of the tokens", lambda e: e.dead_share, percent),
     TableColumn(
         "v / mean",
@@ -175,6 +175,17 @@ COLUMNS = (
     ),
     TableColumn("SSIM", "the same by structural similarity", lambda e: _similarity(e, SSIM)),
 )
+"""The columns that a reader looks for first; measures of similarity follow, then `MORE_COLUMNS`."""
+MORE_COLUMNS = (
+    *(SPACES[name][0] for name in ("FVU raw", "EV", "cosine")),
+    *(normalised for _, normalised in SPACES.values()),
+    TableColumn(
+        "negative",
+        "share of the codes other than 0 that are negative; they do not count as firing",
+        lambda e: e.overall.negative,
+        percent,
+    ),
+)
 MEASURES = {
     "clip": "the same by the cosine of their embeddings in this CLIP model; 1 for equal images",
     "lpips": "the same by the distance of LPIPS; 0 for equal images",
@@ -186,7 +197,7 @@ def metric_columns(evaluations: Iterable[Evaluation]) -> tuple[TableColumn, ...]
     """Return the columns of a table of these: all metrics, and each measure of similarity that one of them has."""
     effects = (evaluation.effect for evaluation in evaluations)
     names = {name for effect in effects if effect is not None for name in effect.similarity} - {SSIM}
-    return (*COLUMNS, *map(_measure, sorted(names)))
+    return (*COLUMNS, *map(_measure, sorted(names)), *MORE_COLUMNS)
 
 
 def _measure(name: str) -> TableColumn:
@@ -194,28 +205,22 @@ def _measure(name: str) -> TableColumn:
     return TableColumn(name, meaning, lambda evaluation: _similarity(evaluation, name))
 
 
-def dictionaries(facts: StudyFacts) -> ReportSection:
-    """Return the section with the table of all dictionaries."""
+def dictionary_table(facts: StudyFacts) -> tuple[Markup, list[ReportFigure | MissingFigure]]:
+    """Return the table of all dictionaries, its file, and what it lacks."""
     evaluated = facts.evaluated
     columns = metric_columns(d.metrics for d in evaluated)
     parts: list[ReportFigure | MissingFigure] = []
     if evaluated:
         heads = ("dictionary", "kind", "normalisation", "k", "size", *(column.name for column in columns))
         rows = [(d.name, d.kind, d.normalisation, d.k, d.size, *(c.value(d.metrics) for c in columns)) for d in evaluated]
-        parts.append(ReportFigure(name="dictionaries", caption="All digits of the table above.", columns=heads, rows=rows))
+        caption = "All digits of the table above. Click a column to sort by it, again to reverse the order."
+        parts.append(ReportFigure(name="dictionaries", caption=caption, columns=heads, rows=rows))
     if waiting := [d.name for d in facts.dictionaries if d.evaluation is None]:
-        parts.append(MissingFigure(f"Metrics of {', '.join(waiting)}", "difflex evaluate STUDY"))
+        parts.append(MissingFigure(f"Metrics of {listed(waiting)}", "difflex evaluate STUDY"))
     if not facts.dictionaries:
+        parts.append(MissingFigure("Activations", f"difflex harvest {facts.study.model} --site SITE --prompts FILE --out STUDY"))
         parts.append(MissingFigure("Dictionaries", "difflex train STUDY or difflex itda STUDY"))
-    return ReportSection(
-        name="dictionaries",
-        title="All dictionaries",
-        lead="Click a column to sort by it, again to reverse the order. x is an activation and y its reconstruction; model "
-        "space is that of the activations, z the space of normalised activations, in which the dictionary was trained. Without "
-        "normalisation the two are the same.",
-        body=_table(evaluated, columns) if evaluated else Markup(),
-        parts=parts,
-    )
+    return _table(evaluated, columns) if evaluated else Markup(), parts
 
 
 def _table(evaluated: Iterable[DictionaryFacts], columns: Sequence[TableColumn]) -> Markup:

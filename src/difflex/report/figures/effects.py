@@ -30,7 +30,7 @@ def removal(facts: StudyFacts) -> ReportSection:
     missing = MissingFigure("The results of removing concepts", "difflex removal STUDY")
     return ReportSection(
         name="removal",
-        title="Removing concepts",
+        title="Erasing concepts",
         lead=f"The features of a concept are chosen by SAeUron's score on one set of prompts and ablated {steps}; the rates are "
         "measured on other prompts. UA: images that no longer show the concept their prompts name. IRA: images that still show "
         "another concept of its group. CRA: everything else that prompts state and that is still right; CRA of its own: the same "
@@ -151,9 +151,14 @@ def _finding_figure(name: str, pairs: Sequence[SiteFinding]) -> ReportFigure:
             for line in finding.lines
             for x, y, error in zip(line.x, line.y, line.errors, strict=True)
         ],
-        drawings=[_finding_plot(site, finding, series) for site, finding in pairs if finding.lines],
+        drawings=[_finding_plot(site, finding, series) for site, finding in pairs if _has_course(finding)],
         legend=list(series.values()),
     )
+
+
+def _has_course(finding: Finding) -> bool:
+    """Return whether a finding has values at several places; those at one are in its file and its reason."""
+    return len({x for line in finding.lines for x in line.x}) > 1
 
 
 def _finding_plot(site: str, finding: Finding, series: dict[str, Series]) -> Drawing:

@@ -1,24 +1,25 @@
-"""How well features are explained in words (figure 7 of arXiv 2505.24360), and the images in which they are strongest."""
+"""How well features are explained in words (figure 7 of arXiv 2505.24360)."""
 
-import base64
-import io
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from markupsafe import Markup
-from PIL import Image
 
-from difflex.errors import DifflexError
-from difflex.explanation.comparison import ExplainedMethod, MethodComparison, MethodDifference, compare_methods, read_methods
-from difflex.features import Book, ImageAlbum, overlaid
-from difflex.features.entries import FeatureStats
-from difflex.report.drawing import Axis, Drawing
+from difflex.explanation.comparison import (
+    ExplainedMethod,
+    MeanEstimate,
+    MethodComparison,
+    MethodDifference,
+    compare_methods,
+    read_methods,
+)
+from difflex.features import Book
+from difflex.report.drawing import Axis, Drawing, element
 from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, Series, SeriesStyle, plot, row_chart
 from difflex.report.facts import StudyFacts, group_by
-from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
-from difflex.report.style import count, kind_series, kind_styles, number, percent
+from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, html_table
+from difflex.report.style import count, kind_of, kind_styles, number, percent
 from difflex.study import DictionaryRef, Study
 
 GRID = tuple(i / 50 for i in range(51))
@@ -30,13 +31,10 @@ PAPER = Series("paper", "judged on what the explainer saw (paper)", SeriesStyle(
 HELDOUT = Series("heldout", "judged on held-out images", SeriesStyle(0, "circle"), line=False)
 SURFACES = {"none": "none of it", "some": "some of it", "all": "all of it"}
 ACCURACY = Axis(label="mean accuracy", low=0.0, high=1.0)
-BEST, WORST = 6, 3
-"""How many of the best and of the worst features of a dictionary are shown."""
-EXAMPLES = 5
-"""Images of each feature, as many as the paper gives to its explainer; also the shots that a shown feature must fire in."""
-SIDE = 128
-EMPTY = "#c8c8c8"
-"""The colour of a tile without an image."""
+LITTLE = 0.6
+"""Below it, an accuracy is little better than chance."""
+LISTED = 12
+"""Differences in the table, at most; those from the untrained model come first."""
 
 
 def explanations(facts: StudyFacts) -> ReportSection:
@@ -46,13 +44,53 @@ def explanations(facts: StudyFacts) -> ReportSection:
         control = explained_methods(facts.control, facts.control_books)
         explained += [replace(method, dictionary=f"{method.dictionary}{UNTRAINED}") for method in control]
     comparison, missing = compare_methods(explained), MissingFigure("Explanations and their scores", "difflex explain STUDY")
+    table, file = _differences(comparison)
     return ReportSection(
         name="explanations",
         title="How accurate explanations are",
         lead="A vision-language model says what the images of a feature share; a judge that knows only this explanation says of "
-        f"other images whether the feature fires there. Accuracy {CHANCE} is chance.",
-        parts=[_distributions(comparison), _falls(comparison), _surfaces(comparison)] if explained else [missing],
+        f"other images whether the feature fires there. Accuracy {CHANCE} is chance. {_near_chance(comparison)}",
+        body=table,
+        parts=[*file, _distributions(comparison), _falls(comparison), _surfaces(comparison)] if explained else [missing],
     )
+
+
+def rated(mean: MeanEstimate) -> str:
+    """Return how a mean accuracy compares with chance; empty where it is clearly better."""
+    if mean.low <= CHANCE:
+        return "worse than chance" if mean.high < CHANCE else "no better than chance"
+    return "little better than chance" if mean.value < LITTLE else ""
+
+
+def is_heldout(method: ExplainedMethod) -> bool:
+    """Return whether the judge's images were held out from the explainer."""
+    return method.protocol.startswith("heldout")
+
+
+def _near_chance(comparison: MethodComparison) -> str:
+    """Return a sentence for each rating that explanations judged on held-out images have."""
+    ratings = group_by((m for m in comparison.methods if is_heldout(m)), lambda method: rated(method.accuracy))
+    return " ".join(
+        f"On held-out images, explanations are {rating} for {', '.join(f'{m.dictionary} ({m.accuracy.value:.2f})' for m in own)}."
+        for rating, own in ratings.items()
+        if rating
+    )
+
+
+def _differences(comparison: MethodComparison) -> tuple[Markup, list[ReportFigure]]:
+    """Return the differences between dictionaries with their p-values, as a folded table and as a file; nothing without pairs."""
+    pairs = sorted(comparison.differences, key=lambda pair: (not _is_with_control(pair), pair.p))
+    if not pairs:
+        return Markup(), []
+    rows = [
+        (pair.first.dictionary, pair.second.dictionary, pair.first.backend, pair.first.protocol, pair.difference, pair.p)
+        for pair in pairs
+    ]
+    caption = "Differences between dictionaries, with p-values by permutation tests, corrected by Holm for all pairs"
+    heads = ("explanations of", "against those of", "backend", "protocol", "difference of mean accuracies", "p")
+    texts = [(*row[:4], f"{row[4]:+.3f}", f"{row[5]:.2g}") for row in rows[:LISTED]]
+    table = element("details", element("summary", caption), html_table(heads, texts, caption, words=4))
+    return table, [ReportFigure(name="p_values", caption=f"{caption}.", columns=heads, rows=rows)]
 
 
 def explained_methods(study: Study, refs: Iterable[DictionaryRef]) -> list[ExplainedMethod]:
@@ -68,15 +106,10 @@ def _distributions(comparison: MethodComparison) -> ReportFigure:
     panels = group_by(comparison.methods, lambda method: (method.backend, method.protocol))
     styles = kind_styles({method.dictionary: _kind(method) for method in comparison.methods})
     series = {name: Series(name, name, style) for name, style in styles.items()}
-    differences = "; ".join(
-        f"{pair.first.dictionary} against {pair.second.dictionary} ({pair.first.protocol}) {pair.difference:+.3f}, p {pair.p:.2g}"
-        for pair in sorted(comparison.differences, key=_is_with_control, reverse=True)[:3]
-    )
     return ReportFigure(
         name="explained",
         title="Features by the accuracy of their explanations",
-        caption="How many features reach an accuracy: figure 7 of arXiv 2505.24360 as curves. "
-        + (f"Differences of means, permutation tests corrected by Holm: {differences}." if differences else ""),
+        caption="How many features reach an accuracy: figure 7 of arXiv 2505.24360 as curves.",
         formula="accuracy: mean over judged images of s where the feature fires, 1 - s where not; s is the judge's score",
         columns=("backend", "protocol", "dictionary", "accuracy at least", "share of features", "mean accuracy"),
         rows=[
@@ -90,8 +123,7 @@ def _distributions(comparison: MethodComparison) -> ReportFigure:
 
 
 def _kind(method: ExplainedMethod) -> str:
-    is_untrained = method.dictionary.endswith(UNTRAINED)
-    return "untrained" if is_untrained else method.dictionary.rpartition("/")[2].split("-")[0]
+    return "untrained" if method.dictionary.endswith(UNTRAINED) else kind_of(method.dictionary)
 
 
 def _is_with_control(pair: MethodDifference) -> bool:
@@ -166,118 +198,3 @@ def _surfaces(comparison: MethodComparison) -> ReportFigure:
         drawings=[row_chart("mean accuracy", about, ACCURACY, chart)],
         legend=(PAPER, HELDOUT),
     )
-
-
-class RankedFeature(NamedTuple):
-    """A feature and the value it is ranked by."""
-
-    stats: FeatureStats
-    value: float
-    concept: str
-    explanation: str
-    is_best: bool
-
-
-def images(facts: StudyFacts) -> ReportSection:
-    """Return the section with the best and worst features in images, as in appendix B of arXiv 2505.24360."""
-    sections, rows = [], []
-    for ref in facts.books:
-        with Book.open(facts.study.book(*ref)) as book:
-            measure, features = _ranked(facts, book, ref)
-            sections.append(_dictionary(facts, book, ref, measure, features))
-        for rank, (stats, value, concept, explanation, _) in enumerate(features):
-            values = (concept, explanation, stats.density, stats.peak, stats.coverage)
-            rows.append((str(ref), stats.feature, rank, measure, value, *values))
-    file = ReportFigure(
-        name="images",
-        caption="The features above and what they are ranked by: the accuracy of their explanation, else the AP for the "
-        "known concept that they detect best, else their peak.",
-        columns=("dictionary", "feature", "rank", "measure", "value", "concept", "explanation", "density", "peak", "coverage"),
-        rows=rows,
-    )
-    return ReportSection(
-        name="images",
-        title="Features in images",
-        lead="The best and worst features of each dictionary, with the held-out images in which they are strongest; the bluer "
-        "a token, the stronger.",
-        body=Markup().join(sections),
-        parts=[file if facts.books else MissingFigure("Features in images", "difflex collect STUDY")],
-    )
-
-
-def _ranked(facts: StudyFacts, book: Book, ref: DictionaryRef) -> tuple[str, list[RankedFeature]]:
-    """Return what features are ranked by, and those to show: the best in order, then the worst."""
-    explained, concepts = _explained(facts, book), _detected_concepts(facts, ref)
-    stats = {row.feature: row for row in book.features("peak", descending=True) if row.shots >= EXAMPLES}
-    measure = "accuracy of its explanation" if explained else "AP of its concept" if concepts else "peak"
-    peaks = {feature: ("", row.peak) for feature, row in stats.items()}
-    values = {feature: value for feature, (_, value) in (explained or concepts or peaks).items() if feature in stats}
-    order = sorted(values, key=lambda feature: (-values[feature], feature))
-    best, worst = order[:BEST], order[BEST:][-WORST:]
-    texts, names = ({feature: text for feature, (text, _) in own.items()} for own in (explained, concepts))
-    return measure, [RankedFeature(stats[f], values[f], names.get(f, ""), texts.get(f, ""), f in best) for f in (*best, *worst)]
-
-
-def _explained(facts: StudyFacts, book: Book) -> Mapping[int, tuple[str, float]]:
-    """Return the explanation of each feature by one backend and protocol, held-out if possible, and its accuracy."""
-    scored = [method for method in read_methods(book, facts.study.folder) if method.accuracies]
-    best = min(scored, key=lambda method: not method.protocol.startswith("heldout"), default=None)
-    return (
-        {f: (text, value) for f, text, value in zip(best.features, best.explanations, best.accuracies, strict=True)}
-        if best
-        else {}
-    )
-
-
-def _detected_concepts(facts: StudyFacts, ref: DictionaryRef) -> Mapping[int, tuple[str, float]]:
-    """Return the concept that each feature detects best, and its average precision."""
-    for match in facts.matches:
-        matches = match.matches
-        if not match.untrained and (matches.site, matches.label) == ref:
-            columns = zip(matches.features.features, matches.features.concepts, matches.features.ap, strict=True)
-            return {feature: (matches.concepts[concept].name, ap) for feature, concept, ap in columns}
-    return {}
-
-
-def _dictionary(facts: StudyFacts, book: Book, ref: DictionaryRef, measure: str, features: Sequence[RankedFeature]) -> Markup:
-    """Return the best and the worst features of a dictionary as cards."""
-    album, parts = ImageAlbum(facts.study.images), Markup()
-    for title, is_best in (("Best", True), ("Worst", False)):
-        cards = Markup().join(_card(book, album, measure, feature) for feature in features if feature.is_best is is_best)
-        parts += Markup('<h4>{} by {}</h4><ul class="cards">{}</ul>').format(title, measure, cards) if cards else ""
-    return Markup("<h3>{} <small>{}</small></h3>{}").format(str(ref), kind_series(book.about.kind).name, parts)
-
-
-def _card(book: Book, album: ImageAlbum, measure: str, feature: RankedFeature) -> Markup:
-    stats = feature.stats
-    name = feature.explanation or feature.concept or "no explanation"
-    cover = "" if stats.coverage is None else f", covers {percent(stats.coverage)} of an image"
-    text = f"{measure} {number(feature.value)}; fires at {percent(stats.density)} of tokens{cover}"
-    strip = Markup().join(_example_images(book, album, stats))
-    head = Markup("<p><b>{}</b> {}</p>").format(stats.feature, name)
-    return Markup('<li>{}<div class="strip">{}</div><p class="fine">{}</p></li>').format(head, strip, text)
-
-
-def _example_images(book: Book, album: ImageAlbum, stats: FeatureStats) -> Iterator[Markup]:
-    """Yield the images in which a feature is strongest, held-out ones first."""
-    top = book.examples(stats.feature, "top")
-    chosen = sorted(top, key=lambda example: (example.split != "held-out", example.rank))[:EXAMPLES]
-    shots = book.shots(example.shot for example in chosen)
-    for example in chosen:
-        shot = shots[example.shot]
-        description = f"{shot.shot.prompt or 'no prompt'}: {len(example.map.tokens)} tokens"
-        try:
-            image = album.open(shot.image.file)
-        except DifflexError:  # which is in the list of problems
-            tile, description = Image.new("RGB", (SIDE, SIDE), EMPTY), f"{description}; the image is missing or damaged"
-        else:
-            image.thumbnail((2 * SIDE, 2 * SIDE))
-            tile = overlaid(image, example.map, book.about.grid, stats.peak, side=SIDE)
-        yield Markup('<img src="{}" alt="{}">').format(image_url(tile), description)
-
-
-def image_url(image: Image.Image) -> str:
-    """Return `image` as a data URL."""
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

@@ -9,9 +9,9 @@ from difflex.records import Site
 from difflex.report.drawing import element
 from difflex.report.facts import DictionaryFacts, StudyFacts, group_by, similar_size
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
-from difflex.report.figures.dictionaries import normalisation_variants
+from difflex.report.figures.dictionaries import normalisation_variants, without_normalisation
 from difflex.report.figures.quality import one_size, usually_normalised
-from difflex.report.style import SAE_KINDS
+from difflex.report.style import SAE_KINDS, kind_of, listed
 
 Figures = Mapping[str, ReportFigure]
 """The figures of the report by name."""
@@ -31,36 +31,40 @@ class PaperFigure(NamedTuple):
     missing: Callable[[StudyFacts, Figures], list[MissingFigure]]
     """Returns what the study lacks of it."""
 
+    @property
+    def name(self) -> str:
+        """As in `Figure 3` or `Appendix B`."""
+        return f"Appendix {self.number}" if self.number.isalpha() else f"Figure {self.number}"
+
 
 def paper_figures(facts: StudyFacts, figures: Figures) -> ReportSection:
     """Return the section that lists the figures of the paper with their state, given all other figures of the report."""
-    rows, items = [], []
+    rows, items, gaps = [], [], []
     for figure in PAPER_FIGURES:
         names, missing = [name for name in figure.names if name in figures], figure.missing(facts, figures)
         state = "missing" if not names else "in part" if missing else "complete"
         rows += [(figure.number, figure.shows, state, " ".join(names), *gap) for gap in missing or [("", "")]]
-        items.append(_item(figure, state, [figures[name] for name in names], missing))
+        items += [_item(figure, state, [figures[name] for name in names], missing)] if names else []
+        gaps += [MissingFigure(f"{figure.name} of arXiv 2505.24360: {gap.name}", gap.command) for gap in missing]
+    file = ReportFigure(
+        name="paper",
+        caption="The figures of the paper with their state.",
+        columns=("figure", "shows", "state", "here", "lacks", "command"),
+        rows=rows,
+    )
     return ReportSection(
         name="paper",
         title="Figures of the paper",
-        lead="The figures of arXiv 2505.24360 about FLUX.1, repeated with the data of this study.",
-        body=element("ul", *items, class_="stations"),
-        parts=[
-            ReportFigure(
-                name="paper",
-                caption="The figures of the paper with their state.",
-                columns=("figure", "shows", "state", "here", "lacks", "command"),
-                rows=rows,
-            )
-        ],
+        lead="The figures of arXiv 2505.24360 about FLUX.1 that are repeated with the data of this study.",
+        body=element("ul", *items, class_="stations") if items else Markup(),
+        parts=[file, *gaps],
     )
 
 
 def _item(figure: PaperFigure, state: str, here: Sequence[ReportFigure], missing: Sequence[MissingFigure]) -> Markup:
     links = [(" · ", element("a", own.title or own.name, href=f"#figure-{own.name}")) for own in here]
-    gaps = [(" · ", f"lacks {gap.name}: ", element("code", gap.command)) for gap in missing]
-    name = f"Appendix {figure.number}" if figure.number.isalpha() else f"Figure {figure.number}"
-    text = [element("b", name), f" {figure.shows} ({state})", *(part for parts in (*links, *gaps) for part in parts)]
+    gaps = f" It lacks {listed([gap.name for gap in missing])}." if missing else ""
+    text = [element("b", figure.name), f" {figure.shows} ({state})", *(part for link in links for part in link), gaps]
     sign = element("span", SIGNS[state], aria_hidden="true", class_="sign")
     return element("li", sign, element("span", *text), class_="done" if state == "complete" else "open")
 
@@ -87,10 +91,8 @@ def _dead(facts: StudyFacts, _: Figures) -> list[MissingFigure]:
     groups = [{d.normalisation for d in group} for group in normalisation_variants(facts.evaluated)]
     if any("none" in group and group & {"standardise", "whiten"} for group in groups):
         return []
-    saes = sorted((d for d in facts.dictionaries if d.kind in SAE_KINDS), key=lambda d: (d.size, d.k))
-    shape = f"--site {saes[0].ref.site} --k {saes[0].k} --size {saes[0].size}" if saes else "--site SITE"
-    command = f"difflex train STUDY {shape} --normalisation none"
-    return [MissingFigure("an SAE without normalisation, of the shape, preset and data of one with it", command)]
+    gap = "an SAE without normalisation, of the shape, preset and data of one with it"
+    return [MissingFigure(gap, without_normalisation(facts))]
 
 
 def _sweep(facts: StudyFacts, _: Figures) -> list[MissingFigure]:
@@ -140,7 +142,7 @@ def _itda_gaps(sites: Sequence[Site], k: int, sizes: Sequence[int]) -> list[Miss
 def _interpreted(facts: StudyFacts, figures: Figures) -> list[MissingFigure]:
     """Return what lacks explanations or, if more kinds have been compared with known concepts, such a comparison."""
     rows = figures["explained"].rows if "explained" in figures else ()
-    explained = {str(row[2]).partition("/")[2].split("-")[0] for row in rows}
+    explained = {kind_of(str(row[2])) for row in rows}
     ways = {
         "difflex collect STUDY, then difflex explain STUDY --vlm NAME": explained,
         "difflex concepts STUDY": {match.kind for match in facts.matches if not match.untrained},
@@ -154,7 +156,7 @@ def _interpreted(facts: StudyFacts, figures: Figures) -> list[MissingFigure]:
 
 
 def _images(facts: StudyFacts, _: Figures) -> list[MissingFigure]:
-    kinds = {str(ref.label).split("-")[0] for ref in facts.books}
+    kinds = {kind_of(ref.label) for ref in facts.books}
     return [] if kinds & {*SAE_KINDS, "itda"} else [MissingFigure("images of the features", "difflex collect STUDY")]
 
 

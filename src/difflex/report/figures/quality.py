@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from difflex.evaluation import Evaluation, ReconstructionQuality
@@ -10,7 +11,7 @@ from difflex.report.drawing import Axis, AxisTick, Drawing
 from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, Series, plot, row_chart
 from difflex.report.facts import DictionaryFacts, StudyFacts, group_by, similar_size
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
-from difflex.report.figures.dictionaries import normalisation_variants
+from difflex.report.figures.dictionaries import dictionary_table, firing, normalisation_variants
 from difflex.report.style import DASHES, kind_series, number, percent
 
 
@@ -27,6 +28,8 @@ R2 = EvaluationMetric("r2", lambda evaluation: evaluation.overall.model_space.r2
 DEAD = EvaluationMetric(
     "dead share", lambda evaluation: evaluation.dead_share, Axis(label="dead features", low=0.0, percent=True)
 )
+OFF_SCALE = 1.5
+"""Baselines beyond this many times the largest FVU of a dictionary are drawn at the edge."""
 FORMULAS = (
     "FVU = sum |x - y|² / sum |x - mean x|², the lower the better; r2 = squared correlation of x and y on each axis, mean over "
     "axes; both in model space, on held-out tokens"
@@ -34,20 +37,23 @@ FORMULAS = (
 
 
 def quality(facts: StudyFacts) -> ReportSection:
-    """Return the section about reconstruction."""
+    """Return the section about what dictionaries are worth: all metrics, reconstruction, the effect on the model, and firing."""
+    table, files = dictionary_table(facts)
+    figures: list[ReportFigure | MissingFigure] = []
     if evaluated := facts.evaluated:
         usual = usually_normalised(evaluated)
         comparable = one_size(usual)
-        effect = _effect(evaluated) or MissingFigure("The effect on the model", "difflex evaluate STUDY --effect-shots 32")
-        parts = [_sweep(usual), _sites(comparable), *_timesteps(comparable), effect]
-    else:
-        parts = [MissingFigure("Reconstruction over k and size, sites and timesteps", "difflex evaluate STUDY")]
+        figures = [*_sweep(usual), *_sites(comparable), *_timesteps(comparable), _effect(evaluated)]
+    elif facts.dictionaries:
+        figures = [MissingFigure("Reconstruction over k and size, sites and timesteps", "difflex evaluate STUDY")]
     return ReportSection(
         name="reconstruction",
-        title="How well activations are reconstructed",
+        title="What the dictionaries are worth",
         lead="y is the reconstruction of an activation x from its few active features, measured on tokens held out from "
-        "training.",
-        parts=parts,
+        "training. Model space is that of the activations, z the space of normalised activations, in which the dictionary was "
+        "trained; without normalisation the two are the same.",
+        body=table,
+        parts=[*files, *figures, *firing(facts)],
     )
 
 
@@ -74,14 +80,32 @@ def _summary(dictionary: DictionaryFacts) -> str:
     return f"{dictionary.name}\n{metrics}\ndead {percent(dictionary.metrics.dead_share)}\nL0 {number(overall.l0)}"
 
 
-def _sweep(evaluated: Sequence[DictionaryFacts]) -> ReportFigure:
-    """Return FVU, r2 and dead share over size and k, at the site with most dictionaries.
+def _axis(metric: EvaluationMetric, members: Sequence[DictionaryFacts]) -> Axis:
+    """Return the axis of a metric; neurons, a baseline far off, do not stretch that of the FVU."""
+
+    def largest(is_baseline: bool) -> float:
+        values = [metric.value(d.metrics) for d in members if (d.kind == "neurons") is is_baseline]
+        return max((value for value in values if value is not None and metric.axis.has(value)), default=0.0)
+
+    high = OFF_SCALE * largest(False)
+    return replace(metric.axis, high=high) if metric is FVU and 0 < high < largest(True) else metric.axis
+
+
+def _edge_note(members: Sequence[DictionaryFacts]) -> str:
+    """Return a sentence about values that are beyond the axis."""
+    return " Neurons are far off the scale of FVU and drawn at its edge." if _axis(FVU, members) != FVU.axis else ""
+
+
+def _sweep(evaluated: Sequence[DictionaryFacts]) -> list[ReportFigure | MissingFigure]:
+    """Return FVU, r2 and dead share over size and k, at the site with most dictionaries; no figure of a single k and size.
 
     A series is a kind at one k (or size): the colour is the kind's, the dashes are those of the number.
     """
     site, members = max(group_by(evaluated, lambda d: d.ref.site).items(), key=lambda item: len(item[1]))
     members.sort(key=lambda d: (d.kind, d.k, d.size))
-    by_size = len({d.size for d in members}) > 1 or len({d.k for d in members}) == 1
+    if len({d.k for d in members}) == 1 and not _differ(d.size for d in members):
+        return [MissingFigure(f"Reconstruction over k and size at {site}", f"difflex train STUDY --site {site} --k 16,32,64")]
+    by_size = _differ(d.size for d in members)
     other = "k" if by_size else "size"
     groups = group_by(members, lambda d: (d.kind, d.k if by_size else d.size))
     numbers = sorted({constant for _, constant in groups})
@@ -92,17 +116,24 @@ def _sweep(evaluated: Sequence[DictionaryFacts]) -> ReportFigure:
         series.append(Series(f"{kind} {constant}", f"{own.name}, {other} {constant:,}", style))
     lines = list(zip(series, groups.values(), strict=True))
     shape = f"a line for each kind and {other}" if len(members) > len(series) else f"a point for each kind and {other}"
-    return ReportFigure(
+    figure = ReportFigure(
         name="sweep",
         title=f"Over k and size at {site}",
         caption=f"SAEs and ITDA on the same axes, {shape}, each with the normalisation that is usual for its kind in this study. "
-        "Compare with figure 6 of arXiv 2505.24360.",
+        f"Compare with figure 6 of arXiv 2505.24360.{_edge_note(members)}",
         formula=FORMULAS,
         columns=("dictionary", "kind", "k", "size", "FVU", "r2", "dead share"),
         rows=[(d.name, d.kind, d.k, d.size, *(m.value(d.metrics) for m in (FVU, R2, DEAD))) for d in members],
         drawings=[_sweep_plot(lines, metric, by_size) for metric in (FVU, R2, DEAD)],
         legend=series,
     )
+    return [figure]
+
+
+def _differ(sizes: Iterable[int]) -> bool:
+    """Return whether some sizes do not count as equal."""
+    ordered = sorted({*sizes})
+    return not similar_size(ordered[0], ordered[-1])
 
 
 def _sweep_plot(lines: Sequence[tuple[Series, list[DictionaryFacts]]], metric: EvaluationMetric, by_size: bool) -> Drawing:
@@ -115,7 +146,8 @@ def _sweep_plot(lines: Sequence[tuple[Series, list[DictionaryFacts]]], metric: E
     values = sorted({d.size if by_size else d.k for d in members})
     values = [value for value in values if not any(value < other and by_size and similar_size(value, other) for other in values)]
     axis = Axis(label="features" if by_size else "k", log=True, ticks=tuple(AxisTick(value, f"{value:,}") for value in values))
-    return plot(metric.name, f"{metric.name} of {len(members)} dictionaries by {axis.label}.", axis, metric.axis, curves)
+    about = f"{metric.name} of {len(members)} dictionaries by {axis.label}."
+    return plot(metric.name, about, axis, _axis(metric, members), curves)
 
 
 def one_size(evaluated: Sequence[DictionaryFacts]) -> list[DictionaryFacts]:
@@ -138,17 +170,22 @@ def _shape(members: Sequence[DictionaryFacts]) -> str:
     return f"k {members[0].k}, {features} features"
 
 
-def _sites(members: Sequence[DictionaryFacts]) -> ReportFigure:
-    return ReportFigure(
+def _sites(members: Sequence[DictionaryFacts]) -> list[ReportFigure]:
+    """Return the FVU and r2 by site; no figure of a single site."""
+    if len({d.ref.site for d in members}) == 1:
+        return []
+    figure = ReportFigure(
         name="sites",
         title=f"Over sites at {_shape(members)}",
-        caption="How well each kind of dictionary reconstructs each site. Compare with figure 8 of arXiv 2505.24360.",
+        caption="How well each kind of dictionary reconstructs each site. Compare with figure 8 of arXiv 2505.24360."
+        f"{_edge_note(members)}",
         formula=FORMULAS,
         columns=("dictionary", "site", "kind", "FVU", "r2"),
         rows=[(d.name, str(d.ref.site), d.kind, FVU.value(d.metrics), R2.value(d.metrics)) for d in members],
         drawings=[_sites_chart(members, metric) for metric in (FVU, R2)],
         legend=[kind_series(kind, line=False) for kind in dict.fromkeys(d.kind for d in members)],
     )
+    return [figure]
 
 
 def _sites_chart(members: Sequence[DictionaryFacts], metric: EvaluationMetric) -> Drawing:
@@ -156,7 +193,9 @@ def _sites_chart(members: Sequence[DictionaryFacts], metric: EvaluationMetric) -
     for site, own in group_by(members, lambda d: str(d.ref.site)).items():
         points = [(kind_series(d.kind), PlotPoint(metric.value(d.metrics), tip=_summary(d))) for d in own]
         rows.append(ChartRow(site, points, " · ".join(number(point.x) for _, point in points)))
-    return row_chart(metric.name, f"{metric.name} of {len(members)} dictionaries, a row for each site.", metric.axis, rows)
+    return row_chart(
+        metric.name, f"{metric.name} of {len(members)} dictionaries, a row for each site.", _axis(metric, members), rows
+    )
 
 
 def _timesteps(members: Sequence[DictionaryFacts]) -> list[ReportFigure]:
@@ -165,13 +204,14 @@ def _timesteps(members: Sequence[DictionaryFacts]) -> list[ReportFigure]:
     if not members:
         return []
     rows = [(d.name, t, q.tokens, q.model_space.fvu, q.model_space.r2) for d in members for t, q in _by_timestep(d)]
-    values = [fvu for *_, fvu, _ in rows if fvu is not None and FVU.axis.has(fvu)]
+    dictionaries = {d.name for d in members if d.kind != "neurons"} or {d.name for d in members}  # neurons are off the scale
+    values = [fvu for name, *_, fvu, _ in rows if name in dictionaries and fvu is not None and FVU.axis.has(fvu)]
     axis = Axis(label="FVU", low=0.0, high=1.08 * max(values, default=1.0))
     figure = ReportFigure(
         name="timesteps",
         title=f"Over timesteps at {_shape(members)}",
         caption="How well the same dictionaries reconstruct the activations of each timestep, from pure noise (1000) towards the "
-        "image.",
+        f"image.{_edge_note(members)}",
         formula="FVU among the held-out tokens of the timestep, about their own mean",
         columns=("dictionary", "timestep", "tokens", "FVU", "r2"),
         rows=rows,
@@ -197,10 +237,12 @@ def _by_timestep(dictionary: DictionaryFacts) -> list[tuple[float, Reconstructio
     return sorted(dictionary.metrics.timesteps.items(), reverse=True)
 
 
-def _effect(evaluated: Iterable[DictionaryFacts]) -> ReportFigure | None:
+def _effect(evaluated: Iterable[DictionaryFacts]) -> ReportFigure | MissingFigure:
+    """Return the change of the prediction against FVU; a single dictionary is in the table only."""
     effects = [(d, effect.prediction.of_mean, effect.shots) for d in evaluated if (effect := d.metrics.effect) is not None]
-    if not effects:
-        return None
+    if len({d.fvu for d, *_ in effects}) < 2:
+        name = "The effect of two dictionaries or more on the model"
+        return MissingFigure(name, "difflex evaluate STUDY --effect-shots 32")
 
     def point(dictionary: DictionaryFacts, share: float) -> PlotPoint:
         change = f"velocity error {percent(share)} of mean ablation"

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from markupsafe import Markup
+
 from difflex.evaluation.concepts.results import DETECTED, ConceptResult, ConceptsConfig, NoiseLevelResult
 from difflex.records import Site
-from difflex.report.drawing import Drawing, shortened
+from difflex.report.drawing import Drawing, element, shortened
 from difflex.report.drawing.heat import HeatCell, HeatColumn, HeatGroup, heat_groups
 from difflex.report.facts import MatchFacts, StudyFacts, group_by
-from difflex.report.figures import MissingFigure, ReportFigure
+from difflex.report.figures import MissingFigure, ReportFigure, html_table
 from difflex.report.style import SAE_KINDS, count, number
 
 PROBE_NAME = "a linear probe"
@@ -101,6 +103,11 @@ class BlockRoles:
         labels = {match.name for match in self.blocks.values()}
         return labels.pop() if len(labels) == 1 else "a dictionary"
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether there are several blocks or noise levels to compare; else a table is enough."""
+        return len(self.blocks) > 1 or len(self.levels) > 1
+
     def role(self, block: str, group: str, noise: str, probe: bool) -> Role | None:
         """Return the role of a block; None if it was not measured."""
         match = self.blocks[block]
@@ -137,17 +144,13 @@ class BlockRoles:
 def roles(facts: StudyFacts) -> list[ReportFigure | MissingFigure]:
     """Return the figure of the roles of all blocks, and what it lacks."""
     own = BlockRoles.of(facts)
-    drawings = {"roles-features": own.drawing(probe=False), "roles-probe": own.drawing(probe=True)}
+    drawings = {"roles-features": own.drawing(probe=False), "roles-probe": own.drawing(probe=True)} if own.is_drawn else {}
     methods = {block: match.name for block, match in own.blocks.items()}
     differ = "; ".join(f"{block}: {name}" for block, name in methods.items()) if len({*methods.values()}) > 1 else ""
     figure = ReportFigure(
         name="roles",
-        title="What each block represents, by noise level",
-        caption="How well each block shows each group of concepts while an image emerges: within a group from pure "
-        "noise, 1, down towards the image, 0, and from the first block on the left to the last. On the one hand by the best "
-        "single feature of each concept, on the other to a linear probe of the whole activation, the ceiling. The frame is "
-        "around the clearest cell, which the words above it name; it was chosen with hindsight."
-        + (f" The dictionaries are not of one label: {differ}." if differ else ""),
+        title="What each block represents, by noise level" if drawings else "",
+        caption=(DRAWN if drawings else IN_TABLE) + (f" The dictionaries are not of one label: {differ}." if differ else ""),
         formula="mean over the concepts of a group of AP on held-out images; detected: AP ≥ 0.8",
         columns=ROLE_COLUMNS,
         rows=role_rows(own),
@@ -155,6 +158,32 @@ def roles(facts: StudyFacts) -> list[ReportFigure | MissingFigure]:
         files=drawings,
     )
     return [figure, *_missing(facts, own)]
+
+
+DRAWN = (
+    "How well each block shows each group of concepts while an image emerges: within a group from pure noise, 1, down towards "
+    "the "
+    "image, 0, and from the first block on the left to the last. On the one hand by the best single feature of each concept, on "
+    "the other to a linear probe of the whole activation, the ceiling. The frame is around the clearest cell, which the words "
+    "above it name; it was chosen with hindsight."
+)
+IN_TABLE = "All digits of the table above."
+
+
+def role_table(own: BlockRoles) -> Markup:
+    """Return what the only block at the only noise level shows, by group of concepts; nothing for several, which are drawn."""
+    if own.is_drawn or not own.blocks:
+        return Markup()
+    rows = []
+    for role in own.roles(probe=False):
+        probe = own.role(role.block, role.group, role.noise, probe=True)
+        detected = f"{role.detected} of {len(role.results)}"
+        values = (number(role.mean, 2), number(probe.mean if probe else None, 2), number(role.chance, 2))
+        rows.append((role.group, detected, *values))
+    heads = ("group of concepts", "detected by one feature", "mean AP", "mean AP of a linear probe", "chance")
+    block, noise = next(iter(own.blocks)), own.levels[0]
+    title = f"{block} at noise {noise}, by {own.label}"
+    return element("h3", title) + html_table(heads, rows, title, words=1)
 
 
 ROLE_COLUMNS = ("block", "method", "group", "noise", "concepts", "mean AP", "chance", "detected")
