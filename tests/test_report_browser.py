@@ -160,6 +160,7 @@ MEANINGS = """() => {
 
 CARDS = """() => {
   const errors = [], boxes = [...document.querySelectorAll(".claim, figure .panel, section > h2, figcaption, .cards > li")]
+    .filter((card) => card.checkVisibility())  // others are folded away
     .map((card) => [card.className || card.tagName, card.getBoundingClientRect()]);
   boxes.forEach(([first, a], i) => boxes.slice(i + 1).forEach(([second, b]) => {
     if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1)
