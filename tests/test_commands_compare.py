@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from difflex.errors import BadInput
 from difflex.evaluation.concepts.results import ConfidenceInterval
 from difflex.report import read_facts
 from difflex.report.comparison import StudyComparison, compare, describe, write_comparison
-from difflex.study import Study
+from difflex.study import CommandRecord, Study
 
 
 def write_log(study: Study, *commands: tuple[str, dict[str, object]]) -> None:
@@ -48,6 +49,14 @@ def test_only_settings_that_differ_are_listed(two: tuple[Study, Study]):
         ("itda", "", "size=64", ""),
         ("evaluate", "", "", "effect=8"),
     ]
+
+
+def test_recipes_that_differ_are_shown_by_their_settings(two: tuple[Study, Study]):
+    facts = [
+        replace(read_facts(study), recipe=CommandRecord(verb="run", flags={"recipe": "mini", "model": model}))
+        for study, model in zip(two, ("mini-flux", "mini-flux-small"), strict=True)
+    ]
+    assert compare(*facts).settings[0] == ("study", "recipe", "recipe=mini model=mini-flux", "recipe=mini model=mini-flux-small")
 
 
 def test_dictionaries_are_in_both_studies_or_in_one(two: tuple[Study, Study]):

@@ -164,11 +164,12 @@ def compare(first: StudyFacts, second: StudyFacts) -> StudyComparison:
 
 
 def _study_settings(first: StudyFacts, second: StudyFacts) -> list[SettingDifference]:
+    recipes = [facts.recipe and " ".join(facts.recipe.settings) for facts in (first, second)]
     values = {
         "model": (first.study.model, second.study.model),
         "revision": (first.study.revision, second.study.revision),
         "difflex": (first.study.difflex, second.study.difflex),
-        "recipe": (first.recipe, second.recipe),
+        "recipe": (recipes[0], recipes[1]),
     }
     return [("study", name, _text(a), _text(b)) for name, (a, b) in values.items() if a != b]
 
