@@ -90,7 +90,7 @@ def _differences(comparison: MethodComparison) -> tuple[Markup, list[ReportFigur
     heads = ("explanations of", "against those of", "backend", "protocol", "difference of mean accuracies", "p")
     texts = [(*row[:4], f"{row[4]:+.3f}", f"{row[5]:.2g}") for row in rows[:LISTED]]
     table = element("details", element("summary", caption), html_table(heads, texts, caption, words=4))
-    return table, [ReportFigure(name="p_values", caption=f"{caption}.", columns=heads, rows=rows)]
+    return table, [ReportFigure(name="p_values", caption="All pairs of the table above.", columns=heads, rows=rows)]
 
 
 def explained_methods(study: Study, refs: Iterable[DictionaryRef]) -> list[ExplainedMethod]:
