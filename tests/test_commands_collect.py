@@ -83,14 +83,14 @@ def set_strength(study: Study, feature: int, strength: float | None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is dead")
-def test_steering_takes_the_default_strength_from_the_book(study: Study, capsys: pytest.CaptureFixture[str]):
+def test_setting_a_code_takes_the_default_strength_from_the_book(study: Study, capsys: pytest.CaptureFixture[str]):
     editor = StudyEditor(study)
     edits = [Edit(operation="add", site=SITE, dictionary=SAE_REF.label, features=(feature,)) for feature in range(SIZE)]
     computed = [editor.with_default_strength(edit).strength for edit in edits]
     with Book.open(study.book(*SAE_REF)) as book:
         assert [row.strength for row in book.features()] == computed
         row = next(row for row in book.features("peak", descending=True) if row.strength)
-    assert row.strength and 0 < row.strength <= 2
+    assert row.strength and 0 < row.strength <= 1
     assert stored_strength(study, SAE_REF, range(SIZE)) == min(computed)
     assert main(["features", str(study.folder), "--dictionary", str(SAE_REF), "--sort", "strength"]) == 0
     assert "strength" in capsys.readouterr().out
@@ -103,6 +103,8 @@ def test_steering_takes_the_default_strength_from_the_book(study: Study, capsys:
         str(SAE_REF),
         "--prompt",
         "a red star",
+        "--operation",
+        "set",
         "--out",
         str(image),
     ]

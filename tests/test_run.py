@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.files import folder_lock
+from difflex.files import folder_lock, read_json, write_json
 from difflex.records import Site
 from difflex.study import Command, DictionaryRef, Study, command_statuses, read_log, run_study
 
@@ -169,6 +169,17 @@ def test_a_missing_output_is_made_again(tmp_path: Path):
     assert states(planned(tmp_path)) == ["to do", "done", "done"]
     run(planned(tmp_path))
     assert (tmp_path / "first").exists()
+
+
+def test_a_flag_that_a_command_got_after_it_ran_does_not_make_it_run_again(tmp_path: Path):
+    run(planned(tmp_path))
+    path = tmp_path / "run.json"
+    entries = read_json(path, 2, "")
+    for command in entries["commands"]:
+        command["flags"].pop("text", None)
+    write_json(path, 2, entries)
+    assert states(planned(tmp_path)) == ["done"] * 3
+    assert states(planned(tmp_path, text="others")) == ["changed", "done", "done"]
 
 
 def test_until_stops_after_the_last_command_of_a_verb(tmp_path: Path):

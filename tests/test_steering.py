@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,10 +19,18 @@ from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, StaleW
 from difflex.files import Json
 from difflex.pipeline import Pipeline
 from difflex.records import ActivationBatch, Edit, HookContext, Rectangle, Shot, Site, TransplantSource
-from difflex.steering import EditRecord, SteeringHook, check_origin, dictionary_features, rectangle, steering_hooks
+from difflex.steering import (
+    EditRecord,
+    SteeringHook,
+    check_origin,
+    dictionary_features,
+    rectangle,
+    steering_hooks,
+)
 from difflex.steering.contrast import Contrast, contrast_features, decompose, find_contrast
 from difflex.steering.features import FeatureScales, measure_scales
 from difflex.steering.hooks import TransplantMaps, read_region, region_tokens
+from difflex.steering.strengths import intact_strengths
 from difflex.tensors import read_tensors, write_tensors
 from difflex.testing import TINY, tiny_folder
 
@@ -281,7 +290,7 @@ def test_the_default_strength_is_the_largest_that_keeps_most_tokens_under_the_ce
     strength = float(SCALES.default_strengths(DICTIONARY.decoder_rows(features), features)[0])
     step = SCALES.peaks[ACTIVE] * DICTIONARY.decoder[ACTIVE]
     under = lambda p: float(((SCALES.sample + p * step).norm(dim=1) <= SCALES.ceiling).float().mean())  # noqa: E731
-    assert 0 < strength < 2 and under(strength) >= 0.95 > under(strength + 0.01)
+    assert 0 < strength < 1 and under(strength) >= 0.95 > under(strength + 0.01)
 
 
 def test_scales_equal_the_plain_formula_and_are_loaded_as_saved(tmp_path: Path):
@@ -560,3 +569,17 @@ def test_a_dictionary_of_another_site_or_model_is_refused():
         check_origin("d", DICTIONARY.origin, Site("single.0"), "m", None)
     with pytest.raises(StaleWork, match=r"m, .*other"):
         check_origin("d", DICTIONARY.origin, SITE, "other", None)
+
+
+def test_the_intact_strength_is_the_largest_at_which_the_loss_stays_low():
+    asked = []
+
+    def losses(strengths: Sequence[float]) -> torch.Tensor:
+        asked.append(list(strengths))
+        breaking = torch.tensor([1.6, 0.1, 9.0])  # each image breaks from this strength on
+        return 2 * torch.where(torch.tensor(strengths) < breaking, 1.0 + 0.1 * torch.tensor(strengths), 3.0)
+
+    chosen = intact_strengths(losses, 3)
+    assert [best.strength for best in chosen] == [1.5, 0.25, 4.0]
+    assert [best.loss for best in chosen] == pytest.approx([1.15, 3.0 / 1.0, 1.4])
+    assert len(asked) <= 5 and asked[0] == [0.0, 0.0, 0.0]

@@ -278,6 +278,11 @@ def parse_site(record: Any) -> None:
     object.__setattr__(record, "site", Site.parse(record.site))
 
 
+def is_same_model(name: str, other: str) -> bool:
+    """Return whether two names are of one model: equal, or the same folder."""
+    return name == other or (Path(name).is_dir() and Path(name).resolve() == Path(other).resolve())
+
+
 def model_name(model: str, revision: str | None) -> str:
     """Return how messages name a model."""
     return f"{model}@{revision}" if revision else model

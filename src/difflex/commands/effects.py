@@ -79,7 +79,7 @@ class SteerEvalCommand(StudyImagesCommand, VLMCommand):
         study, paths = open_study(self.study, self), []
         if not study.dictionaries():
             raise UnknownName(f"{study.folder} has no dictionaries yet. Make some with difflex train or difflex itda.")
-        model = cache(lambda: _model_functions(load_study_model(study, self)))
+        model = cache(lambda: model_functions(load_study_model(study, self)))
         with self._world(study) as world:
             log = partial(print, flush=True)
             evaluations = effects.run_steering_evaluation(study, self.dictionary, config, model, world, log)
@@ -166,7 +166,7 @@ class RemovalCommand(StudyImagesCommand):
         )
         study = open_study(self.study, self)
         _check_judged(study)
-        model = cache(lambda: _model_functions(load_study_model(study, self)))
+        model = cache(lambda: model_functions(load_study_model(study, self)))
         outcomes = removal.remove_concepts(study, self.dictionary, config, model, partial(print, flush=True))
         for _, results, is_reused in outcomes:
             print(f"{', '.join(results.dictionaries)}{': as before' if is_reused else ''}\n{removal.removal_table(results)}")
@@ -216,7 +216,7 @@ class FindingsCommand(StudyImagesCommand):
         pipe = load_study_model(study, self)
         site = None if self.site is None else pipe.site(self.site)
         log = partial(print, flush=True)
-        path, results = findings.run_findings(study, site, config, _model_functions(pipe), self.finding, self.other_model, log)
+        path, results = findings.run_findings(study, site, config, model_functions(pipe), self.finding, self.other_model, log)
         for finding in results.findings:
             print(f"{finding.verdict:<19}{finding.claim}\n{'':<19}{finding.reason}")
         return [path]
@@ -234,7 +234,7 @@ def _check_judged(study: Study) -> None:
         )
 
 
-def _model_functions(pipe: "Pipeline") -> "ModelFunctions":
+def model_functions(pipe: "Pipeline") -> "ModelFunctions":
     """Return a pipeline as the functions that judging edits needs."""
     from difflex.effects import ModelFunctions
 

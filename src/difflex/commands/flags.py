@@ -29,10 +29,8 @@ MOST_SEEDS, MOST_NUMBERS = 1_000_000, 1000
 LARGEST_SEED = 2**63 - 1
 LEFT_FREE = 0.25
 """The share of a GPU that a precision which is chosen for a study leaves free: for images, activations and trainings."""
-LARGEST = 10_000_000
-"""The largest size of a dictionary, number of a feature or number in a list."""
-MOST_PIXELS = 8192
-"""The longest side of an image."""
+LARGEST, MOST_PIXELS = 10_000_000, 8192
+"""The largest size of a dictionary, number of a feature or number in a list; the longest side of an image."""
 Number = TypeVar("Number", int, float)
 Values = TypeVar("Values", bound=Sequence[Any])
 THE_STUDYS = "(default: that of the study)"
@@ -74,17 +72,9 @@ def _numbers(words: list[str], most: int = LARGEST) -> tuple[int, ...]:
     return tuple(_limited(int, part, 1, most) for part in parts)
 
 
-def _features(words: list[str]) -> tuple[int, ...]:
-    return tuple(_limited(int, part, 0, LARGEST) for part in _parts(words))
-
-
 def _feature_names(words: list[str]) -> tuple[str, ...]:
     parts = _counted([part.strip() for word in words for part in word.split(",") if part.strip()], words)
     return tuple(str(_limited(int, part, 0, LARGEST)) if re.fullmatch(r"[-+.\d]+", part) else part for part in parts)
-
-
-def _shares(words: list[str]) -> tuple[float, ...]:
-    return tuple(_limited(float, part, 0, 1) for part in _parts(words))
 
 
 def _strengths(words: list[str]) -> tuple[float, ...]:
@@ -231,12 +221,14 @@ Pixels = Annotated[tuple[int, int] | None, _flag(_pixels, "HEIGHTxWIDTH", lambda
 """Height and width of an image."""
 Numbers = Annotated[tuple[int, ...], numbers(LARGEST)]
 """Whole numbers above 0, with commas or spaces between them."""
+_features = lambda words: tuple(_limited(int, part, 0, LARGEST) for part in _parts(words))  # noqa: E731
 Features = Annotated[tuple[int, ...], _flag(_features, "FEATURE...", _with_commas, many=True)]
 """Numbers of features, from 0 on."""
 FeatureName = Annotated[str, _flag(lambda words: (_feature_names(words) or ("",))[0], "FEATURE", str)]
 """The number of a feature, or words that `difflex search` finds it by."""
 FeatureNames = Annotated[tuple[str, ...], _flag(_feature_names, "FEATURE...", ",".join, many=True)]
 """Numbers of features, or words that `difflex search` finds each by."""
+_shares = lambda words: tuple(_limited(float, part, 0, 1) for part in _parts(words))  # noqa: E731
 Shares = Annotated[tuple[float, ...], _flag(_shares, "SHARE...", _with_commas, many=True)]
 Strengths = Annotated[tuple[float, ...], STRENGTHS]
 """One number, several with commas, or several at even distances, both ends included."""
@@ -290,7 +282,7 @@ class ModelCommand(Command):
         if precision == "auto" and out is not None:
             precision, offload = self._fit(out)
         return difflex.load(
-            self.model,
+            located(self.model),
             precision=precision,
             revision=self.revision,
             untrained=self.untrained,

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 AMPLIFIED = 4
 """The factor by which differences between images are amplified."""
+MEASURED = 4
+"""The default strength is measured on at most so many images."""
 
 
 @final
@@ -56,7 +58,7 @@ class SteerCommand(StudyImagesCommand):
     operation: Operation = "add"
     """`add` to the activation; `set`, `scale` or `ablate` the codes; `replace` the activation; or `transplant` codes."""
     strength: Annotated[
-        tuple[float, ...] | None, STRENGTHS, arg(help_behavior_hint="(default: the largest safe one, at most 2 peaks)")
+        tuple[float, ...] | None, STRENGTHS, arg(help_behavior_hint="(default: the largest at which the images stay intact)")
     ] = None
     """Strengths; a column each. Ablate and transplant have none."""
     unit: Unit = "peak"
@@ -99,17 +101,17 @@ class SteerCommand(StudyImagesCommand):
         pipe = load_study_model(editor.study.run_in(replay.shot.precision if replay and not self.precision else None), self)
         if replay is not None:
             pipe.engine.set_text_length(replay.shot.text_length)
-        columns = [replay.edits] if replay else [(edit,) for edit in self._edits(editor, pipe)]
-        rows = 1 if replay else len(self.prompt) * len(self.seeds) * (1 + self.differences)
-        check_sheet(self.out, rows, 1 + len(columns), next(iter(pipe.shots(""))).pixels)
         shots = [replay.shot] if replay else self._shots(pipe)
+        rows = 1 if replay else len(shots) * (1 + self.differences)
+        check_sheet(self.out, rows, 1 + len(self.strength or (1,)), shots[0].pixels)
+        columns = [replay.edits] if replay else [(edit,) for edit in self._edits(editor, pipe, shots)]
         if self.record is not None and (len(shots) > 1 or len(columns) > 1):
             raise BadInput(
                 f"One edit of one image can be recorded, but there are {len(columns)} edits and {len(shots)} images. Name one."
             )
         for edits in columns:
             editor.check(edits)
-        images = [_generate_edited(pipe, editor, shots, edits) for edits in [(), *columns]]
+        images = [generate_edited(pipe, editor, shots, edits) for edits in [(), *columns]]
         write_image(self._sheet(shots, columns, images), self.out)
         paths = [self.out]
         if self.record is not None:
@@ -118,8 +120,8 @@ class SteerCommand(StudyImagesCommand):
         print(f"{', '.join(str(path.resolve()) for path in paths)}: {len(shots) * len(images)} images")
         return paths
 
-    def _edits(self, editor: "StudyEditor", pipe: "Pipeline") -> list[Edit]:
-        """Return an edit for each strength."""
+    def _edits(self, editor: "StudyEditor", pipe: "Pipeline", shots: Sequence[Shot]) -> list[Edit]:
+        """Return an edit for each strength; without strengths, one at the default for `shots`."""
         pixels = next(pipe.shots("")).pixels
         if not self.features and self.contrast is None:
             raise BadInput("There is nothing to steer with. Name features, or --contrast NAME.")
@@ -142,8 +144,11 @@ class SteerCommand(StudyImagesCommand):
         )
         if self.strength is not None:
             return [replace(edit, strength=strength) for strength in self.strength]
+        if place is not None and edit.operation == "add" and edit.unit == "peak":
+            editor.check([edit])
+            return [_with_intact_strength(pipe, editor, shots[:MEASURED], edit)]
         stored = None
-        if place is not None and edit.operation in ("add", "set", "replace") and edit.unit == "peak":
+        if place is not None and edit.operation in ("set", "replace") and edit.unit == "peak":
             stored = stored_strength(editor.study, place, edit.features)
         return [editor.with_default_strength(edit, stored)]
 
@@ -281,7 +286,7 @@ class ContrastCommand(StudyImagesCommand):
         return list(zip(self.positive, self.negative, strict=True))
 
 
-def _generate_edited(pipe: "Pipeline", editor: "StudyEditor", shots: Sequence[Shot], edits: Sequence[Edit]) -> list[Image.Image]:
+def generate_edited(pipe: "Pipeline", editor: "StudyEditor", shots: Sequence[Shot], edits: Sequence[Edit]) -> list[Image.Image]:
     """Generate the image of each shot under `edits`, and before it the source of each transplant, like the first shot."""
 
     def generate(shot: Shot, hooks: Sequence = ()) -> Image.Image:
@@ -294,6 +299,23 @@ def _generate_edited(pipe: "Pipeline", editor: "StudyEditor", shots: Sequence[Sh
 
     hooks = editor.steering_hooks(edits, source_run)
     return [generate(shot, hooks) for shot in shots]
+
+
+def _with_intact_strength(pipe: "Pipeline", editor: "StudyEditor", shots: Sequence[Shot], edit: Edit) -> Edit:
+    """Return `edit` at the largest strength at which none of the images of `shots` is damaged, and print it."""
+    from difflex.steering.strengths import LOSS_LEVELS, intact_strengths
+
+    def losses(strengths: Sequence[float]):
+        edits = [(replace(edit, strength=strength),) if strength else () for strength in strengths]
+        images = [generate_edited(pipe, editor, [shot], own)[0] for shot, own in zip(shots, edits, strict=True)]
+        return pipe.losses(images, LOSS_LEVELS).mean(1)
+
+    chosen = min(intact_strengths(losses, len(shots)))
+    print(
+        f"strength {chosen.strength:g} peak: the largest at which the images stay intact (the model's loss on them is "
+        f"{chosen.loss:.2f} times that on unedited ones). Choose others with --strength, as in --strength 0.5:3:0.5."
+    )
+    return replace(edit, strength=chosen.strength)
 
 
 def _parse_region(text: str | None, pixels: tuple[int, int]) -> Rectangle | str | None:

@@ -33,6 +33,7 @@ from difflex.miniature.world import (
 )
 from difflex.records import Rectangle
 from difflex.steering import SteeringHook
+from difflex.steering.strengths import LOSS_LEVELS
 
 FIRST_TASK, FIRST_PAIR, FIRST_CAPTION = (HELD_OUT_SEEDS + millions * 10**6 for millions in (2, 3, 6))
 """Seeds of the first scenes for tasks, for pairs, and for captions by concept."""
@@ -45,8 +46,6 @@ OFFSET, REACH = 0.29, 0.26
 """The distance of outer cells from the middle of the image, and half the size of an object, as shares of the image."""
 CAPTION_GROUPS = ("shape", "colour", "texture", "size", "background", "style")
 """Groups of which the caption of a single object can name a concept."""
-LOSS_LEVELS = (0.3, 0.6, 0.9)
-"""Noise levels at which the model's loss on finished images is measured."""
 
 CaptionKind = Literal["alike", "other scenery", "two objects", "unsaid", "against", "an object", "no object"]
 """`alike`: like the pairs of a contrast. `other scenery`: backgrounds and styles that no pair has. `two objects`: the concept

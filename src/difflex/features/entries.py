@@ -12,7 +12,6 @@ from difflex.records import Shot, Split
 __all__ = [
     "COVER_THRESHOLD",
     "AtomImage",
-    "CaptionedShot",
     "Example",
     "ExampleKind",
     "FeatureNeighbour",

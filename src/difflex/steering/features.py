@@ -14,7 +14,7 @@ from torch import Tensor
 
 from difflex.dictionaries import Dictionary, DictionaryOrigin
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, StaleWork, UnknownName
-from difflex.records import ActivationBatch, HookContext, Site, model_name
+from difflex.records import ActivationBatch, HookContext, Site, is_same_model, model_name
 from difflex.tensors import read_tensors, write_tensors
 from difflex.values import check_fields
 
@@ -22,8 +22,8 @@ FORMAT = 2
 ADVICE = "Delete it; it is made again."
 TOKENS, SAMPLE = 65_536, 2048
 """Tokens that are encoded, and how many of them are stored to compute default strengths with."""
-MAX_STRENGTH = 2.0
-"""The largest default strength, in peaks."""
+MAX_STRENGTH = 1.0
+"""The largest strength that is taken without looking at images, in peaks."""
 
 Codes = Callable[[Float[Tensor, "token width"]], Float[Tensor, "token feature"]]
 
@@ -88,14 +88,9 @@ def check_origin(name: str, origin: DictionaryOrigin, site: Site, model: str, re
     """Refuse the dictionary or contrast called `name` if it was made for another site or model."""
     if origin.site != site:
         raise StaleWork(f"{name} was made for {origin.site}, but the edit is at {site}. Edit {origin.site}.")
-    if origin.model is not None and not (_is_same(origin.model, model) and origin.revision == revision):
+    if origin.model is not None and not (is_same_model(origin.model, model) and origin.revision == revision):
         made_for, used = model_name(origin.model, origin.revision), model_name(model, revision)
         raise StaleWork(f"{name} was made for {made_for}, but the model is {used}. Use {made_for}.")
-
-
-def _is_same(model: str, other: str) -> bool:
-    """Return whether two names are of one model: equal, or the same folder."""
-    return model == other or (Path(model).is_dir() and Path(model).resolve() == Path(other).resolve())
 
 
 @final
@@ -122,7 +117,7 @@ class FeatureScales:
             raise NonFinite("The scales of the features hold NaN or infinity: so do the dictionary or the activations.")
 
     def default_strengths(self, decoder: Float[Tensor, "feature width"], features: Int[Tensor, " feature"]) -> Tensor:
-        """Return the default strengths of `features`, in peaks: at most 2, with 95 % of tokens under the ceiling.
+        """Return the default strengths of `features`, in peaks: at most 1, with 95 % of tokens under the ceiling.
 
         The norm of x + p v rises with p beyond its minimum; bisection finds where it reaches the ceiling.
         """

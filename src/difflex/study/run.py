@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -99,7 +99,7 @@ def run_study(
 
 def command_statuses(study: Study, until: str | None = None) -> list[CommandStatus]:
     """Return the commands of `study`, or those up to the last one with the verb `until`, with their states."""
-    log = read_log(study.folder)
+    log = [replace(old, flags=_with_defaults(old, study)) for old in read_log(study.folder)]
     records = [CommandRecord(verb=verb_of(command), flags=_flags(command, study.folder)) for command in study.commands]
     logged = [next((old for old in log if (old.verb, old.flags) == (new.verb, new.flags)), None) for new in records]
     others = [old for old in log if old not in logged]
@@ -233,6 +233,15 @@ def _flags(command: Command, folder: Path) -> dict[str, Json]:
         with disk_errors(path, "read"):
             flags[f"{name}, SHA-256"] = file_sha256(path)
     return flags
+
+
+def _with_defaults(record: CommandRecord, study: Study) -> Mapping[str, Json]:
+    """Return the flags of a record, with the defaults of those that the command did not have when it ran."""
+    command = next((command for command in study.commands if verb_of(command) == record.verb), None)
+    if command is None:
+        return record.flags
+    defaults = {field.name: field.default for field in fields(command) if field.default is not MISSING}  # pyright: ignore[reportArgumentType]
+    return {**{name: _json(value, study.folder) for name, value in defaults.items()}, **record.flags}
 
 
 def _json(value: object, folder: Path) -> Json:

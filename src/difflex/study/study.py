@@ -13,7 +13,7 @@ from difflex._version import __version__
 from difflex.choices import Precision
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.files import disk_errors, read_json, write_json
-from difflex.records import Site, model_name
+from difflex.records import Site, is_same_model, model_name
 from difflex.study.settings import StudySettings
 
 FORMAT = 1
@@ -126,7 +126,7 @@ class Study:
 
     def _check_model(self, model: str, revision: str | None) -> None:
         """Raise an error for another model than that of the study."""
-        if (self.model, self.revision) != (model, revision):
+        if self.revision != revision or not is_same_model(self.model, model):
             raise StaleWork(
                 f"{self.folder} studies {model_name(self.model, self.revision)}, not {model_name(model, revision)}. "
                 "Name another folder: a study has one model."
