@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple, final
 
-from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from difflex.errors import BrokenFile, DifflexError, UnknownName
 from difflex.files import disk_errors, file_sha256, read_json
+from difflex.progress import ProgressBar
 from difflex.study import Command, Study
 
 __all__ = ["VerifyCommand"]
@@ -72,7 +72,7 @@ class VerifyCommand(Command):
         files = [file for folder in studies for file in _files(Study(folder=folder, model=""), self.study)]
         counts: dict[str, tuple[int, int]] = {file.part: (0, 0) for file in files}
         with (
-            tqdm(total=sum(map(_size, files)), unit="B", unit_scale=True, desc="verify", disable=None) as bar,
+            ProgressBar(total=sum(map(_size, files)), unit="B", unit_scale=True, desc="verify") as bar,
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         ):
             for file, error in zip(files, pool.map(_error, files), strict=True):

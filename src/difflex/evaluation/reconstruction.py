@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from difflex.devices import find_device
 from difflex.dictionaries import Dictionary, NormalisedDictionary, fingerprint
 from difflex.dictionaries.sparse import sparse_matmul
 from difflex.errors import BadInput, NonFinite
 from difflex.evaluation.effect import ModelEffect
+from difflex.progress import ProgressBar
 from difflex.records import ActivationBatch, Codes, JsonRecord, Shot
 from difflex.store import require_split
 
@@ -122,7 +122,7 @@ def evaluate(
     if tokens < 1:
         raise BadInput(f"An evaluation on {tokens} tokens is not possible: ask for 1 or more.")
     tally = _EvaluationTally(dictionary.to(find_device(device)), shot)
-    with tqdm(total=tokens, unit=" tokens", unit_scale=True, disable=None if progress else True, desc=dictionary.name) as bar:
+    with ProgressBar(total=tokens, unit=" tokens", unit_scale=True, show=progress, desc=dictionary.name) as bar:
         for rows in _first_rows(require_split(batches, "held-out"), tokens):
             tally.add(rows)
             bar.update(len(rows.values))

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, final
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from difflex.errors import BadInput, BrokenFile
 from difflex.explanation.client import CachedClient, NoAnswer
@@ -20,6 +19,7 @@ from difflex.explanation.questions import ImageView, explain_instruction, judge_
 from difflex.features import Book, FeatureFilter, ImageAlbum, overlaid
 from difflex.features.entries import COVER_THRESHOLD, Example, ShotRow
 from difflex.features.explanations import Explanation, ExplanationScore, Judgement, RecordedUsage
+from difflex.progress import ProgressBar
 
 MIN_SIDE = 256
 """Images are enlarged until their longer side has at least this many pixels."""
@@ -183,7 +183,7 @@ class _FeatureExplainer:
         """
         failed, running = dict[int, str](), dict[Future[_FeatureResult], _RequestKeys]()
         pool, prepared = ThreadPoolExecutor(connections, thread_name_prefix="explaining"), map(self.prepare, features)
-        bar = tqdm(total=len(features), desc="explaining", unit=" features", disable=None if progress else True)
+        bar = ProgressBar(total=len(features), desc="explaining", unit=" features", show=progress)
         try:
             while True:
                 unfinished = [future for future in running if not future.done()]

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from difflex.devices import find_device
 from difflex.dictionaries import ITDA, Dictionary, fingerprint
@@ -28,6 +27,7 @@ from difflex.features.registry import CollectBatch, CollectCheckpoint, ShotRegis
 from difflex.features.results import AtomLocation, CollectTarget, write_book
 from difflex.files import disk_errors, file_sha256, folder_lock, parsing
 from difflex.images import open_image
+from difflex.progress import ProgressBar
 from difflex.records import Activations, Shot, Site
 from difflex.store import Store
 from difflex.study import DictionaryRef, Study
@@ -37,7 +37,6 @@ __all__ = [
     "CollectConfig",
     "CollectTarget",
     "PromptedImage",
-    "books_locked",
     "collect",
     "collect_study",
     "image_files",
@@ -111,8 +110,7 @@ def _add_all(
     collectors: Sequence[FeatureCollector], registry: ShotRegistry, source: BatchSource, images: int | None, progress: bool
 ) -> Iterator[None]:
     """Add all batches of the source that are not in the registry yet; yield after each batch."""
-    disable = None if progress else True
-    with tqdm(total=images, initial=registry.images, unit=" images", desc="collect", disable=disable) as bar:
+    with ProgressBar(total=images, initial=registry.images, unit=" images", desc="collect", show=progress) as bar:
         for batch in source(registry.images):
             _add(batch, collectors, registry)
             bar.update(len(batch.images))
@@ -158,7 +156,7 @@ def _draw_patches(
 ) -> Iterator[None]:
     """Draw the images of the shots that `further` returns at the end of the pass; yield after each batch."""
     shots = further()
-    with tqdm(total=len(shots), unit=" images", desc="patches", disable=None if progress and shots else True) as bar:
+    with ProgressBar(total=len(shots), unit=" images", desc="patches", show=progress and bool(shots)) as bar:
         for first in range(0, len(shots), DRAWN_AT_ONCE):
             part = shots[first : first + DRAWN_AT_ONCE]
             assert draw is not None
@@ -311,38 +309,39 @@ def collect_study(
     ITDA atoms that are not in the source, at most `most_patches` of them (None: as many as the source has images), those of the
     most atoms that fire first. Explanations are kept, unless they are to be discarded.
     """
-    if discard_explanations:
-        _discard_explanations(study, refs)
-    settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
-    data = f"{source.description}, {source.images} images, {settings}"
-    data += "" if most_patches is None else f", {most_patches or 'no'} patches"
-    missing = [ref for ref in refs if not _is_current(study, ref, data)]
-    checkpoint = study.folder / "books" / "collecting.safetensors"
-    if checkpoint.is_file():
-        current = (ref for ref in refs if ref not in missing)
-        CollectCheckpoint.delete_finished(checkpoint, {str(ref): fingerprint(study.dictionary(*ref)) for ref in current})
-    if missing:
-        sites = list(dict.fromkeys(ref.site for ref in missing))
+    with _books_locked(study, refs):
+        if discard_explanations:
+            _discard_explanations(study, refs)
+        settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+        data = f"{source.description}, {source.images} images, {settings}"
+        data += "" if most_patches is None else f", {most_patches or 'no'} patches"
+        missing = [ref for ref in refs if not _is_current(study, ref, data)]
+        checkpoint = study.folder / "books" / "collecting.safetensors"
+        if checkpoint.is_file():
+            current = (ref for ref in refs if ref not in missing)
+            CollectCheckpoint.delete_finished(checkpoint, {str(ref): fingerprint(study.dictionary(*ref)) for ref in current})
+        if missing:
+            sites = list(dict.fromkeys(ref.site for ref in missing))
 
-        def draw(shots: Sequence[Shot]) -> list[Image.Image]:
-            return [image for images, _ in source.harvest(shots, sites[:1]) for image in images]
+            def draw(shots: Sequence[Shot]) -> list[Image.Image]:
+                return [image for images, _ in source.harvest(shots, sites[:1]) for image in images]
 
-        collect(
-            [_target(study, ref, load(ref), strengths(ref)) for ref in missing],
-            lambda start: source.batches(sites, start),
-            ImageAlbum(study.images),
-            data=data,
-            checkpoint=checkpoint,
-            config=config,
-            draw=draw if most_patches != 0 else None,
-            most_patches=source.images if most_patches is None else most_patches,
-            images=source.images,
-        )
-    return [CollectedBook(study.book(*ref), ref not in missing) for ref in refs]
+            collect(
+                [_target(study, ref, load(ref), strengths(ref)) for ref in missing],
+                lambda start: source.batches(sites, start),
+                ImageAlbum(study.images),
+                data=data,
+                checkpoint=checkpoint,
+                config=config,
+                draw=draw if most_patches != 0 else None,
+                most_patches=source.images if most_patches is None else most_patches,
+                images=source.images,
+            )
+        return [CollectedBook(study.book(*ref), ref not in missing) for ref in refs]
 
 
 @contextmanager
-def books_locked(study: Study, refs: Sequence[DictionaryRef]) -> Iterator[None]:
+def _books_locked(study: Study, refs: Sequence[DictionaryRef]) -> Iterator[None]:
     """Keep other processes from collecting the books of these dictionaries."""
     with ExitStack() as locks:
         for folder in dict.fromkeys([study.folder / "books", study.images, *(study.book(*ref).parent for ref in refs)]):

@@ -4,18 +4,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, NoReturn, TypeVar, final
+from typing import NamedTuple, TypeVar, final
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from difflex.errors import BadInput, DifflexError, NonFinite
 from difflex.pipeline.calls import DenoiserCall, StopForward
 from difflex.pipeline.engine import Engine, Run, map_runs
 from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site
+from difflex.progress import ProgressBar
 from difflex.records import Activations, EditOutcomes, HookContext, Shot, Site
 
 Edits = Mapping[str, SiteFunction]
@@ -102,9 +102,9 @@ def harvest(
             yield from in_order(engine, recorded, sites, finite)
 
 
-def progress_bar(show: bool) -> "tqdm[NoReturn]":
+def progress_bar(show: bool) -> ProgressBar:
     """Return a bar that counts tokens."""
-    return tqdm(unit=" tokens", unit_scale=True, disable=None if show else True, desc="harvest")
+    return ProgressBar(unit=" tokens", unit_scale=True, show=show, desc="harvest")
 
 
 def harvest_with_images(engine: Engine, shots: Iterable[Shot], sites: Sequence[SiteModule], batch: int) -> Iterator[ImageBatch]:

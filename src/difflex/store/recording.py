@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import final
 
 import torch
-from tqdm import tqdm
 
 from difflex.choices import StoredDtype
 from difflex.errors import BadInput, StaleWork
 from difflex.files import AtomicFile, folder_lock
+from difflex.progress import ProgressBar
 from difflex.records import Activations, Shot, Site
 from difflex.store.basis import ROWS, BasisTally
 from difflex.store.handover import HandedOver
@@ -103,7 +103,7 @@ def record(
                 _lock(stack, recorder.folder, config, new=True)
             recorder.open()
         if config.progress:
-            tqdm.write(_describe(recorders, total))
+            ProgressBar.write(_describe(recorders, total))
         shards = _write_shards(shots, total, recorders, harvest, config)
         for recorder in recorders:
             recorder.complete(shards)
@@ -282,10 +282,9 @@ def _write_shards(
     """Write the missing shards of this rank and return the number of shards of all ranks."""
     stream, number, count = islice(shots, total), 0, 0
     rows = sum(total * recorder.head.tokens for recorder in recorders) // config.world_size
-    disable = None if config.progress else True
     try:
         with (
-            tqdm(total=rows, unit=" tokens", unit_scale=True, desc="harvest", disable=disable) as bar,
+            ProgressBar(total=rows, unit=" tokens", unit_scale=True, desc="harvest", show=config.progress) as bar,
             BackgroundWriter() as writer,
         ):
             while part := list(islice(stream, recorders[0].head.shots_per_shard)):
@@ -314,7 +313,7 @@ def _write_shard(
     harvest: Harvest,
     config: RecordingConfig,
     writer: "BackgroundWriter",
-    bar: tqdm,
+    bar: ProgressBar,
 ) -> None:
     """Write one shard of each site from one call of the harvest; files are written in the background."""
     for shot in shots:

@@ -15,13 +15,13 @@ from typing import NamedTuple, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from difflex.choices import NormalisationMethod
 from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.dictionaries.files import WeightsDtype
 from difflex.errors import BadInput, NonFinite
 from difflex.files import Json, disk_errors
+from difflex.progress import ProgressBar
 from difflex.records import ActivationBatch, Site
 from difflex.training.checkpoint import (
     LoggerName,
@@ -194,9 +194,9 @@ class FitRun:
         """Train all members on all tokens; members that are ahead after a kill wait for the others."""
         total, resumed_at = self._config.tokens, self._tokens()
         start = min(member.learner.updates for member in self._members)
-        disable = None if self._config.progress and self._ranks.rank == 0 else True
+        show = self._config.progress and self._ranks.rank == 0
         began, waited = time.perf_counter(), self._feed.seconds_waited
-        with tqdm(total=total, initial=resumed_at, unit="tok", unit_scale=True, disable=disable, desc="training") as bar:
+        with ProgressBar(total=total, initial=resumed_at, unit=" tokens", unit_scale=True, show=show, desc="training") as bar:
             for number, batch in enumerate(self._feed.batches(start) if resumed_at < total else (), start):
                 self._update(number, batch)
                 tokens = self._tokens()

@@ -1,0 +1,26 @@
+"""Progress in a log: a line now and then, and none for short work."""
+
+import io
+import sys
+
+import pytest
+
+from difflex import progress
+from difflex.progress import ProgressBar
+
+
+def log(monkeypatch: pytest.MonkeyPatch, every: float, show: bool = True) -> list[str]:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "EVERY", every)
+    with ProgressBar(total=4, desc="training", unit=" tokens", show=show) as bar:
+        for _ in range(4):
+            bar.update(1)
+    return stream.getvalue().splitlines()
+
+
+def test_a_log_has_a_line_for_each_interval_and_none_for_short_work(monkeypatch: pytest.MonkeyPatch):
+    lines = log(monkeypatch, every=1e-9)
+    assert len(lines) >= 2 and all(line.startswith("training: ") and "of 4 tokens in 00:00" in line for line in lines)
+    assert log(monkeypatch, every=30.0) == []
+    assert log(monkeypatch, every=1e-9, show=False) == []
