@@ -90,6 +90,17 @@ def test_an_effect_is_added_to_an_evaluation_without_one(study: Path):
     assert Evaluation.load(evaluation(study, LABELS[0])) == after
 
 
+def test_other_settings_replace_an_evaluation_only_if_asked(study: Path, capsys: pytest.CaptureFixture[str]):
+    words, path = ["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[0]}"], evaluation(study, LABELS[0])
+    assert main([*words, "--effect-shots", "1"]) == 0
+    before = path.read_bytes()
+    assert main([*words, "--effect-shots", "2", "--tokens", "50"]) == 0
+    assert "an effect at 1 shots, which has other settings. --replace" in capsys.readouterr().out and path.read_bytes() == before
+    assert main([*words, "--effect-shots", "2", "--tokens", "50", "--replace"]) == 0
+    record = Evaluation.load(path)
+    assert record.overall.tokens == 50 and record.effect is not None and record.effect.shots == 2
+
+
 def test_image_measures_are_added_and_loaded_only_if_missing(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     clip = f"clip:{tiny_clip(tmp_path / 'clip')}"
     words, path = ["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[0]}", "--offline"], evaluation(study, LABELS[0])

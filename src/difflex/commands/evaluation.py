@@ -54,6 +54,8 @@ class EvaluateCommand(StudyModelCommand):
     """Number of held-out shots at which to measure the effect on the model; 0 skips it and loads no model."""
     measure: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: none)")] = ()
     """Image measures in addition to PSNR and SSIM: `lpips`, or `clip:` and the folder or hub name of a CLIP."""
+    replace: FlagCreatePairsOff[bool] = False
+    """Measure again what was measured on another number of tokens, at fewer shots or with another precision."""
 
     def __call__(self) -> list[Path]:
         from difflex.evaluation import EditedModel, EvaluationConfig, evaluate_study, evaluation_table
@@ -68,6 +70,7 @@ class EvaluateCommand(StudyModelCommand):
             measures=self.measure,
             offline=self.offline,
             precision=self.precision and study.settings.precision,
+            replace=self.replace,
         )
         load = cache(lambda precision: load_study_model(study.run_in(precision), self))
 
@@ -77,7 +80,14 @@ class EvaluateCommand(StudyModelCommand):
 
         results = evaluate_study(study, config, edited_model)
         for dictionary, result in results.items():
-            if result.up_to_date:
+            if result.has_other_settings:
+                effect = result.evaluation.effect
+                shots = f" and an effect at {effect.shots} shots" if effect else ""
+                print(
+                    f"{dictionary}: keeps its evaluation on {result.evaluation.overall.tokens:,} tokens{shots}, which has other "
+                    "settings. --replace measures it again."
+                )
+            elif result.up_to_date:
                 print(f"{dictionary}: up to date")
         print(evaluation_table(results, self.measure))
         return [study.evaluation(*dictionary) for dictionary in results]

@@ -42,6 +42,8 @@ class EvaluationConfig:
     """Load the models of `measures` from the local cache only."""
     precision: str | None = None
     """Of the model's weights; None for that of the harvest."""
+    replace: bool = True
+    """Whether an evaluation on another number of tokens, at fewer shots or with another precision is measured again."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.shots < 0:
@@ -66,6 +68,8 @@ class EvaluationResult(NamedTuple):
 
     evaluation: Evaluation
     up_to_date: bool
+    has_other_settings: bool = False
+    """Whether it was kept although it was measured with other settings."""
 
 
 def evaluate_study(
@@ -103,30 +107,43 @@ def _evaluate_site(
     rows = store.count("held-out")
     tokens, shots = min(config.tokens, rows), min(config.shots, rows // store.tokens)
     data = f"{tokens} of {rows} held-out tokens of {store.site} of {store.model}, seed {SEED}, {store.fingerprint}"
-    before = {ref: _load_current(study, ref, data) for ref in refs}
-    if all(saved is not None and not _lacks_effect(saved.effect, shots, measures, config.precision) for saved in before.values()):
-        return {ref: EvaluationResult(saved, True) for ref, saved in before.items() if saved is not None}
+    wanted = _WantedEffect(shots, tuple(measures), config.precision, config.replace)
+    before = {ref: _load_current(study, ref, data, config.replace) for ref in refs}
+    if all(saved is not None and not wanted.is_missing(saved.effect) for saved in before.values()):
+        return {
+            ref: EvaluationResult(saved, True, saved.data != data or wanted.differs(saved.effect))
+            for ref, saved in before.items()
+            if saved is not None
+        }
     with folder_lock(study.evaluation(*refs[0]).parent):
-        before = {ref: _load_current(study, ref, data) for ref in refs}  # another process may have written some meanwhile
+        before = {ref: _load_current(study, ref, data, config.replace) for ref in refs}  # another process may have written some
         evaluations = {ref: before[ref] or _evaluate(study, ref, store, tokens, data, progress) for ref in refs}
-        missing = [
-            ref for ref, evaluation in evaluations.items() if _lacks_effect(evaluation.effect, shots, measures, config.precision)
-        ]
+        missing = [ref for ref, evaluation in evaluations.items() if wanted.is_missing(evaluation.effect)]
         if missing:
-            count = max([shots, *(effect.shots for ref in missing if (effect := evaluations[ref].effect))])
+            earlier = [effect.shots for ref in missing if (effect := evaluations[ref].effect)]
+            count = max([*earlier, *([] if earlier and not config.replace else [shots])])
             effects = _measure_effects([study.dictionary(*ref) for ref in missing], store, model, count, measures)
             for ref, effect in zip(missing, effects, strict=False):  # no effects if no shot can be generated again
                 effect = _combine(evaluations[ref].effect, replace(effect, precision=config.precision))
                 evaluations[ref] = replace(evaluations[ref], effect=effect)
                 evaluations[ref].save(study.evaluation(*ref))
-    return {ref: EvaluationResult(evaluation, evaluation == before[ref]) for ref, evaluation in evaluations.items()}
+    return {
+        ref: EvaluationResult(evaluation, evaluation == before[ref], evaluation.data != data or wanted.differs(evaluation.effect))
+        for ref, evaluation in evaluations.items()
+    }
 
 
-def _load_current(study: Study, ref: DictionaryRef, data: str) -> Evaluation | None:
-    """Return the evaluation of a dictionary if it is of the dictionary as it is now and on `data`, else None."""
+def _load_current(study: Study, ref: DictionaryRef, data: str, exactly: bool) -> Evaluation | None:
+    """Return the evaluation of a dictionary if it is of the dictionary as it is now and on `data`, else None.
+
+    Unless `exactly` is true, it may be on another number of the same tokens.
+    """
     path = study.evaluation(*ref)
     evaluation = Evaluation.load(path) if path.exists() else None
-    return evaluation if evaluation and evaluation.data == data and evaluation.is_of(study.dictionary(*ref)) else None
+    if evaluation is None or not evaluation.is_of(study.dictionary(*ref)):
+        return None
+    is_same = evaluation.data == data if exactly else evaluation.data.partition(" ")[2] == data.partition(" ")[2]
+    return evaluation if is_same else None
 
 
 def _evaluate(study: Study, ref: DictionaryRef, store: Store, tokens: int, data: str, progress: bool) -> Evaluation:
@@ -153,10 +170,24 @@ def _load(folder: Path, store: Store) -> Dictionary:
     return dictionary
 
 
-def _lacks_effect(effect: ModelEffect | None, shots: int, measures: Iterable[str], precision: str | None) -> bool:
-    if effect is None or not shots:
-        return shots > 0
-    return effect.shots < shots or effect.precision != precision or any(name not in effect.similarity for name in measures)
+class _WantedEffect(NamedTuple):
+    """The settings that the effect on the model is measured with."""
+
+    shots: int
+    measures: tuple[str, ...]
+    precision: str | None
+    replaces: bool
+    """Whether an effect with other settings is measured again."""
+
+    def differs(self, effect: ModelEffect | None) -> bool:
+        """Return whether an effect is at fewer shots, or with another precision."""
+        return bool(self.shots) and effect is not None and (effect.shots < self.shots or effect.precision != self.precision)
+
+    def is_missing(self, effect: ModelEffect | None) -> bool:
+        """Return whether an effect must be measured."""
+        if effect is None or not self.shots:
+            return self.shots > 0
+        return any(name not in effect.similarity for name in self.measures) or (self.replaces and self.differs(effect))
 
 
 def _measure_effects(
