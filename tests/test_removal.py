@@ -24,6 +24,7 @@ from difflex.effects.removal_features import (
     best_trial,
     choose_features,
     importance,
+    matched_features,
     removal_rates,
 )
 from difflex.errors import BadInput, BrokenFile, DifflexError
@@ -93,6 +94,12 @@ def test_importance_is_the_share_of_codes_with_the_concept_minus_that_without():
 
 def test_features_without_importance_are_never_chosen():
     assert choose_features(firings(), NAMED, "red", 8).features == ((2,), (5,))
+
+
+def test_matched_features_are_cut_at_the_edited_steps_above_their_means():
+    cut = matched_features(firings(), [5, 2], steps=range(1, 2))
+    assert cut.features == ((), (5, 2)) and cut.floors[0] == ()
+    assert cut.first(1).floors[1] == choose_features(firings(), NAMED, "red", 1).floors[1]
 
 
 def test_other_steps_are_not_edited():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,19 +15,22 @@ from PIL import Image
 
 from difflex.dictionaries import Dictionary
 from difflex.effects.drawn_world import CAPTION_GROUPS, ConceptCaption, DrawnJudge, captions_by_concept
-from difflex.effects.inputs import ModelFunctions, Provenance, check_images, check_steps, to_tensor
+from difflex.effects.inputs import ModelFunctions, Provenance, check_images, check_steps, concept_matches, to_tensor
 from difflex.effects.judging import JudgeVerdict
 from difflex.effects.removal_features import (
     BAR,
+    ENOUGH,
+    FeatureCut,
     GenerationCodes,
     RemovalImages,
     RemovalRates,
     RemovalTrial,
     best_trial,
     choose_features,
+    matched_features,
 )
-from difflex.errors import BadInput, UnknownName
-from difflex.files import folder_lock
+from difflex.errors import BadInput, StaleWork, UnknownName
+from difflex.files import folder_lock, write_file
 from difflex.miniature import load_judge
 from difflex.miniature.world import CONCEPTS
 from difflex.records import JsonRecord, Site
@@ -39,6 +43,8 @@ __all__ = ["RemovalConfig", "RemovalRates", "RemovalResults", "RemovedConcept", 
 
 SEED_DISTANCE = 10**6
 """Between the first seeds of two sets of images."""
+DETECTS, SHOWN = 0.5, 6
+"""Average precision from which a feature that detects a concept is tried; images of each concept that are kept."""
 Places = tuple[DictionaryRef, ...]
 """Dictionaries whose features are removed together."""
 
@@ -206,7 +212,11 @@ def _remove_with_sets(
         for places in sets:
             log(f"{', '.join(map(str, places))}: {group}")
             for concept in dict.fromkeys(selection.concepts):
-                removed[places].append(_remove_concept(concept, group, places, config, selection, tuning, unseen))
+                matched = [_matched(editor.study, place, concept) for place in places]
+                folder = editor.study.removal(places).with_suffix("")
+                removed[places].append(
+                    _remove_concept(concept, group, places, config, selection, tuning, unseen, matched, folder)
+                )
                 log("  ".join(_table_row(removed[places][-1])))
     return removed
 
@@ -219,27 +229,82 @@ def _remove_concept(
     selection: RemovalImages,
     tuning: RemovalImages,
     unseen: RemovalImages,
+    matched: Sequence[Sequence[int]],
+    folder: Path,
 ) -> RemovedConcept:
-    """Remove a concept with what is best on the first two sets of images, and judge it on the third."""
-    cuts = {
-        place: choose_features(selection.codes[place], selection.concepts, concept, max(config.features), config.steps)
-        for place in places
-    }
+    """Remove a concept with what is best on the first two sets of images, and judge it on the third.
+
+    The features with the highest importance are tried, and then those `matched` to the concept, by place.
+    """
+    most = max(config.features)
+    candidates = [
+        {place: choose_features(selection.codes[place], selection.concepts, concept, most, config.steps) for place in places}
+    ]
+    if any(matched):
+        candidates.append(
+            {
+                place: matched_features(selection.codes[place], features[:most], config.steps)
+                for place, features in zip(places, matched, strict=True)
+            }
+        )
     settings = [(count, strength) for count in config.features for strength in config.strengths]
-    trials = tuple(tuning.trials(concept, cuts, settings)) if len(settings) > 1 else ()
-    count, strength = best_trial(trials)[:2] if trials else settings[0]
-    cuts = {place: cut.first(count) for place, cut in cuts.items()}
+    are_tried = len(settings) * len(candidates) > 1
+    by_candidate = [tuple(tuning.trials(concept, cuts, settings)) if are_tried else () for cuts in candidates]
+    if are_tried:
+        best = [best_trial(trials) for trials in by_candidate]
+        chosen = max(range(len(best)), key=lambda i: (best[i].rates.reach(ENOUGH), best[i].rates.least, best[i].rates.own))
+        count, strength = best[chosen][:2]
+    else:
+        chosen, (count, strength) = 0, settings[0]
+    cuts = {place: cut.first(count) for place, cut in candidates[chosen].items()}
+    _write_images(unseen, concept, cuts, strength, folder)
     shows = [verdict.shows for name, verdict in zip(unseen.concepts, unseen.before, strict=True) if name == concept]
     return RemovedConcept(
         concept=concept,
         group=group,
         features={str(place): cut.features for place, cut in cuts.items()},
         strength=strength,
-        trials=trials,
+        trials=tuple(trial for trials in by_candidate for trial in trials),
         images=len(shows),
         shown=fmean(shows),
         rates=unseen.rates(concept, cuts, strength),
     )
+
+
+def _matched(study: Study, place: DictionaryRef, concept: str) -> list[int]:
+    """Return the features that detect a concept better than all others, the best first; none if that is unknown."""
+    try:
+        matches = concept_matches(study, place)
+    except StaleWork:
+        return []
+    best = [] if matches is None else [result.best for result in matches.clearest_level.results if result.concept.name == concept]
+    if matches is None or not best or best[0].ap.value < DETECTS:
+        return []
+    columns = zip(matches.features.features, matches.features.concepts, matches.features.ap, strict=True)
+    others = sorted(
+        ((ap, feature) for feature, number, ap in columns if matches.concepts[number].name == concept and ap >= DETECTS),
+        reverse=True,
+    )
+    return list(dict.fromkeys([best[0].features[0], *(feature for _, feature in others)]))
+
+
+def _write_images(
+    unseen: RemovalImages, concept: str, cuts: Mapping[DictionaryRef, FeatureCut], strength: float, folder: Path
+) -> None:
+    """Write some images of prompts that name a concept, above the same images after its removal, as FOLDER/CONCEPT.webp."""
+    if unseen.generated is None:
+        return
+    numbers = [number for number, name in enumerate(unseen.concepts) if name == concept][:SHOWN]
+    hooks = [hook for cut in cuts.values() for hook in cut.steering_hooks(strength)]
+    rows = [list(unseen.generated(numbers, hooks)) for hooks in ((), hooks)]
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (width * len(numbers), 2 * height))
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            sheet.paste(image, (column * width, row * height))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "WEBP", lossless=True)
+    write_file(folder / f"{concept}.webp", buffer.getvalue())
 
 
 def _image_sets(
@@ -265,6 +330,15 @@ def _judged_images(
     shots = [replace(shot, prompt=item.caption, seed=seed) for seed, item in enumerate(captions, first_seed)]
     codes = {place: GenerationCodes(dictionary) for place, dictionary in dictionaries.items()}
 
+    def generated(numbers: Sequence[int], hooks: Sequence[SteeringHook]) -> list[Image.Image]:
+        sites = list(dict.fromkeys(place.site for place in codes))[:1]
+        images: list[Image.Image] = []
+        for batch, activations in model.finish([shots[i] for i in numbers], sites, hooks):
+            images += batch
+            for _ in activations:  # the run goes on as they are read
+                pass
+        return images
+
     def verdicts(numbers: Sequence[int], sites: Iterable[Site], hooks: Sequence[SteeringHook] = ()) -> list[JudgeVerdict]:
         """Return the verdicts on the images of these numbers; without hooks their codes are collected."""
         generated: list[Image.Image] = []
@@ -280,6 +354,7 @@ def _judged_images(
         before=tuple(verdicts(range(len(shots)), (place.site for place in codes))),
         codes=codes,
         edited=lambda numbers, hooks: verdicts(numbers, [hooks[0].site], hooks),
+        generated=generated,
     )
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float
+from PIL import Image
 from torch import Tensor
 
 from difflex.dictionaries import Dictionary
@@ -145,6 +146,17 @@ def choose_features(
     return FeatureCut(codes.dictionary, tuple(features), tuple(floors))
 
 
+def matched_features(codes: GenerationCodes, features: Sequence[int], steps: range | None = None) -> FeatureCut:
+    """Return the cut of `features`, which detect a concept, at each of `steps` (None: at all)."""
+    means = codes.means().mean(1)
+    is_edited = [steps is None or step in steps for step in range(len(means))]
+    return FeatureCut(
+        codes.dictionary,
+        tuple(tuple(features) if edited else () for edited in is_edited),
+        tuple(tuple(row[list(features)].tolist()) if edited else () for edited, row in zip(is_edited, means, strict=True)),
+    )
+
+
 class RemovalRates(NamedTuple):
     """The shares that an edit removed and kept; each concept that prompts name has the same weight."""
 
@@ -227,6 +239,8 @@ class RemovalImages:
     """Of each dictionary, on all images."""
     edited: Callable[[Sequence[int], Sequence[SteeringHook]], Sequence[JudgeVerdict]]
     """Generates the images of these numbers with hooks and returns the verdicts."""
+    generated: Callable[[Sequence[int], Sequence[SteeringHook]], Sequence[Image.Image]] | None = None
+    """Generates the images of these numbers with hooks and returns them."""
 
     def rates(self, concept: str, cuts: Mapping[DictionaryRef, FeatureCut], strength: float) -> RemovalRates:
         """Return the rates of `cuts`. Images in which none of their features fires do not change and are not generated again."""
