@@ -72,6 +72,8 @@ class MatchFacts:
     untrained: bool
     """Whether the model is the untrained control."""
     k: int
+    note: str = ""
+    """What its images have of their own: their number, if it is not that of the others."""
 
     @property
     def path(self) -> str:
@@ -82,7 +84,9 @@ class MatchFacts:
     def name(self) -> str:
         """The label; the kind of site unless it is the residual or the method's own; and whether the model is untrained."""
         site = self.matches.site
-        unusual = [site.kind] * (site.kind not in ("residual", self.kind)) + ["smooth"] * site.smooth
+        unusual = (
+            [site.kind] * (site.kind not in ("residual", self.kind)) + ["smooth"] * site.smooth + [self.note] * bool(self.note)
+        )
         name = f"{self.matches.label} ({', '.join(unusual)})" if unusual else self.matches.label
         return f"{name}, untrained model" if self.untrained else name
 

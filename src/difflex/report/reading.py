@@ -15,7 +15,7 @@ from difflex.effects.removal import RemovalResults
 from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import Anatomy
-from difflex.evaluation.concepts.results import ConceptMatches
+from difflex.evaluation.concepts.results import ConceptMatches, ConceptsConfig
 from difflex.features import Book, BookInfo, ImageAlbum
 from difflex.images import open_image
 from difflex.report.facts import DictionaryFacts, GroupCoverage, MatchFacts, SteeringFacts, StoreFacts, StudyFacts, group_by
@@ -220,21 +220,32 @@ class _StudyReader:
 
 
 def _comparable(matches: Iterable[MatchFacts], problems: list[str]) -> list[MatchFacts]:
-    """Return the matches of each block that were measured on the same images in the same way as most of them."""
+    """Return the matches of each block that were measured in the same way as most of them, on as many images or another number.
+
+    Those on another number are marked with it: matching one dictionary again on more images leaves it in the figures.
+    """
     comparable: list[MatchFacts] = []
     for path, candidates in group_by(matches, lambda match: match.path).items():
         settings = Counter(match.settings for match in candidates if not match.untrained)
         if not settings:
             continue  # matches of a control alone compare with nothing
         usual, _ = settings.most_common(1)[0]
-        comparable += [match for match in candidates if match.settings == usual]
-        problems += [
-            f"{path}: {match.name} was measured on other images, or in another way, than the others there, and is left out "
-            "of the figures. Run difflex concepts for all of them together."
-            for match in candidates
-            if match.settings != usual
-        ]
+        for match in candidates:
+            if match.settings == usual:
+                comparable.append(match)
+            elif match.settings and usual and _same_but_for_count(match.settings, usual):
+                comparable.append(replace(match, note=f"{match.settings[1].images:,} images"))
+            else:
+                problems.append(
+                    f"{path}: {match.name} was matched to other images, or at other noise levels, than the others there, so the "
+                    "figures that compare them do without it. Run difflex concepts for all of them together."
+                )
     return comparable
+
+
+def _same_but_for_count(settings: tuple[str, ConceptsConfig], usual: tuple[str, ConceptsConfig]) -> bool:
+    """Return whether two settings of matches differ in the number of images alone."""
+    return settings[0] == usual[0] and replace(settings[1], images=usual[1].images) == usual[1]
 
 
 def _coverage_from_file(results: SteeringResults) -> dict[str, GroupCoverage]:
