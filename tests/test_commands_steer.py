@@ -15,6 +15,7 @@ from difflex.evaluation.concepts import Concept
 from difflex.records import Site
 from difflex.steering import StudyEditor
 from difflex.steering.contrast import Contrast
+from difflex.steering.strengths import STRENGTHS
 from difflex.study import DictionaryRef, Study
 from difflex.testing import tiny_folder
 
@@ -146,13 +147,50 @@ def test_features_are_named_by_words_and_what_was_meant_is_printed(
     assert "nearest: red" in capsys.readouterr().err
 
 
-def test_an_edit_where_features_fire_warns_if_they_fire_nowhere(study: Path, alive: list[str], tmp_path: Path):
+def test_an_edit_where_features_fire_warns_if_they_fire_nowhere(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     scales = StudyEditor(Study.open(study)).scales(DictionaryRef(Site(SITE), LABEL))
     dead = next(feature for feature in range(64) if scales.peaks[feature] == 0)
     flags = ["--region", "fires", "--strength", "2", "--unit", "code", "--out", str(tmp_path / "grid.png")]
-    with pytest.warns(UserWarning) as caught:
-        assert steer(study, SITE, str(dead), *flags, "--prompt", "a star") == 0
-    assert any("fires at no token of 'a star', seed 0, so the edit changes nothing" in str(each.message) for each in caught)
+    assert steer(study, SITE, str(dead), *flags, "--prompt", "a star") == 0
+    assert "fires at no token of 'a star', seed 0, so the edit changes nothing there" in capsys.readouterr().err
+
+
+def test_without_a_strength_the_largest_that_leaves_images_intact_is_measured(
+    study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    record = tmp_path / "edit.json"
+    words = [PLACE, alive[0], "--prompt", "a star", "--out", str(tmp_path / "x.png"), "--record", str(record)]
+    assert steer(study, *words) == 0
+    strength = json.loads(record.read_text())["edits"][0]["strength"]
+    assert strength in STRENGTHS and f"strength {strength:g} peak: the largest at which" in capsys.readouterr().out
+
+
+def test_a_concept_is_erased_by_the_features_that_detect_it(
+    study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_matches(Study.open(study), PLACE, (0.93, 0.9, 0.8, 0.8), per_concept=2)
+    out = tmp_path / "erased.png"
+    words = ["erase", str(study), "red", "--prompt", "a star", "--seeds", "0:2", "--out", str(out)]
+    assert main(words) == 0
+    output = capsys.readouterr().out
+    assert f"features 1, 0, 4 of {PLACE}, which detect it; codes times" in output and "2 images before and after" in output
+    assert main([*words, "--strength", "0.5", "--edit-steps", "0:1"]) == 0
+    assert "codes times 0.5" in capsys.readouterr().out
+
+
+def test_a_study_is_steered_from_another_folder_than_it_was_made_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_folder("flux", tmp_path / "tiny-flux", defaults={"pixels": [[16, 24]]})
+    (tmp_path / "prompts.txt").write_text("a star\na ring\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["harvest", f"./{model.name}", "--prompts", "prompts.txt", "--site", SITE, "--tokens", "100", "--out", "study"]
+    assert main(words) == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    study = Study.open("../study")
+    assert Path(study.model) == model.resolve()
+    assert main(["contrast", "../study", "x", "--site", SITE, "--positive", "a star", "--negative", "a ring"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0, "the same folder by another name is the same model"
 
 
 def test_icons_are_generated_for_each_feature(study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

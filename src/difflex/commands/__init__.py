@@ -51,6 +51,7 @@ VERBS = {
         "Look at features", "explain features with a VLM, and score the explanations", "difflex.commands.explain"
     ),
     "steer": VerbEntry("Steer", "generate images while features are edited", "difflex.commands.steer"),
+    "erase": VerbEntry("Steer", "erase a concept from images, before and after", "difflex.commands.erase"),
     "icon": VerbEntry("Steer", "draw what a feature generates on its own", "difflex.commands.steer"),
     "contrast": VerbEntry("Steer", "find the direction between two sets of prompts", "difflex.commands.steer"),
     "steer-eval": VerbEntry("Steer", "measure what edits change, against baselines", "difflex.commands.effects"),
@@ -60,7 +61,8 @@ VERBS = {
     "status": VerbEntry("Run studies", "show how far a study is", "difflex.commands.study"),
     "verify": VerbEntry("Run studies", "compare all files of a study with their checksums", "difflex.commands.verify"),
     "report": VerbEntry("Run studies", "write a study as one HTML page", "difflex.commands.study"),
-    "compare": VerbEntry("Run studies", "compare two studies", "difflex.commands.study"),
+    "compare": VerbEntry("Run studies", "compare two studies, or two dictionaries of one", "difflex.commands.study"),
+    "pack": VerbEntry("Run studies", "put a study without its activations into one file", "difflex.commands.pack"),
 }
 
 

@@ -112,6 +112,14 @@ class Machine:
         return cls(rates=MappingProxyType(rates), memory=memory, gpu=gpu)
 
     @property
+    def description(self) -> str:
+        """The device that memory and times are for."""
+        memory = f"{format_size(self.memory)} of memory free" if self.memory else "its memory"
+        if self.gpu is None:
+            return f"For the CPU of this machine, with {memory}. For a GPU: --gpu SIZE, as in --gpu 24GB."
+        return f"For {'the GPU of this machine' if self.rates else 'a GPU'} with {format_size(self.gpu)} free, and {memory}."
+
+    @property
     def device(self) -> Literal["cpu", "cuda"]:
         """Where dictionaries and models are."""
         return "cpu" if self.gpu is None else "cuda"
@@ -287,7 +295,9 @@ def plan_table(planned: Sequence[PlannedCommand], machine: Machine) -> str:
     if machine.gpu is None:
         lines = [(*line[:GPU_COLUMN], *line[GPU_COLUMN + 1 :]) for line in lines]
     unknown = [f"{number}: unknown: {each.estimate.unknown}" for number, each in enumerate(planned, 1) if each.estimate.unknown]
-    return "\n".join([text_table(lines), *unknown, *_too_large(planned, machine), most_on_disk(planned).text])
+    return "\n".join(
+        [text_table(lines), *unknown, *_too_large(planned, machine), most_on_disk(planned).text, machine.description]
+    )
 
 
 def _too_large(planned: Sequence[PlannedCommand], machine: Machine) -> list[str]:

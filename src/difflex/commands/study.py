@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.commands import verb_class
-from difflex.errors import DifflexError
+from difflex.errors import BadInput, DifflexError
 from difflex.files import Json
 from difflex.images import check_output
 from difflex.study import Command, CommandRecord, Study, read_log
@@ -82,19 +82,34 @@ class ReportCommand(Command):
 @final
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand(Command):
-    """Compare two studies: settings, block roles, dictionaries and their metrics, detected concepts, explanations, steering."""
+    """Compare two studies, or with --dictionary two dictionaries of one study.
+
+    Of studies: settings, block roles, dictionaries and their metrics, detected concepts, explanations, steering.
+    """
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """The folder of a study."""
-    other: Annotated[Positional[Path], arg(metavar="OTHER")]
+    other: Annotated[Positional[Path | None], arg(metavar="OTHER", help_behavior_hint="(needed without --dictionary)")] = None
     """The folder of a second study, of the same model or not; differences are its values less those of the first."""
+    dictionary: Annotated[tuple[str, ...], arg(metavar="NAME NAME", help_behavior_hint="(default: compare studies)")] = ()
+    """Two dictionaries of the study, compared in a table: SITE/LABEL of each."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("compare.html")
     """The file of the page."""
 
     def __call__(self) -> list[Path]:
         from difflex.report import read_facts
-        from difflex.report.comparison import compare, describe, write_comparison
+        from difflex.report.comparison import compare, describe, describe_dictionaries, write_comparison
 
+        if (len(self.dictionary), self.other is None) not in ((0, False), (2, True)):
+            raise BadInput(
+                f"{1 + (self.other is not None)} studies and {len(self.dictionary)} dictionaries cannot be compared. Name two "
+                "studies, or one study and --dictionary with two of its dictionaries."
+            )
+        if self.other is None:
+            study = Study.open(self.study)
+            first, second = map(study.find_dictionary, self.dictionary)
+            print(describe_dictionaries(read_facts(study), first, second))
+            return []
         check_output(self.out)
         comparison = compare(*(read_facts(Study.open(folder)) for folder in (self.study, self.other)))
         print(describe(comparison))

@@ -82,9 +82,14 @@ class TrainCommand(StudyImagesCommand):
     """How the dictionaries are stored: bf16 takes half the disk."""
     log: Annotated[tuple[Literal["wandb", "tensorboard"], ...], arg(metavar="NAME...")] = ()
     """Where metrics are logged besides log.jsonl."""
+    dry_run: FlagCreatePairsOff[bool] = False
+    """Print what the training takes on this machine, disk, memory and time, and train nothing."""
 
     def __call__(self) -> list[Path]:
         from difflex.training.study import SweepConfig, train_sweep
+
+        if self.dry_run:
+            return self._forecast()
 
         config = SweepConfig(
             size=self.size,
@@ -108,6 +113,14 @@ class TrainCommand(StudyImagesCommand):
         if given := [flag for flag, value in self._flags_of_live().items() if value is not None and value is not False]:
             raise BadInput(f"{', '.join(given)} needs --live: without it, activations come from the disk.")
         return train_sweep(Study.open(self.study), self.site, config, on_trained=_print_sae, also=self.also)
+
+    def _forecast(self) -> list[Path]:
+        from difflex.commands.estimates import estimate
+        from difflex.commands.forecast import plan, plan_table, this_machine
+
+        study, machine = replace(Study.open(self.study), commands=(replace(self, dry_run=False),)), this_machine()
+        print(plan_table(plan(study, machine, estimate), machine))
+        return []
 
     def _flags_of_live(self) -> dict[str, object]:
         """Return the flags that change a live training alone, with their values."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from difflex.files import write_file
+from difflex.report.comparison.dictionaries import describe_dictionaries
 from difflex.report.comparison.pairs import DetectionPair, MetricPair, StudyComparison, compare
 from difflex.report.comparison.sites import (
     clearest,
@@ -26,7 +27,7 @@ from difflex.report.page import problem_list, render
 from difflex.report.style import count, number, percent
 from difflex.tables import text_table
 
-__all__ = ["StudyComparison", "compare", "describe", "write_comparison"]
+__all__ = ["StudyComparison", "compare", "describe", "describe_dictionaries", "write_comparison"]
 
 DRAWN = {"FVU": number, "dead": percent, "v / mean": percent}
 """The metrics that are drawn and how they are written; the table has all."""
