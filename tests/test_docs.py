@@ -98,7 +98,7 @@ def test_a_planted_wrong_command_is_found():
 def test_the_python_shown_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     # Enough to run the code, not to learn much: a search then finds features that hardly fit.
-    monkeypatch.setattr("difflex.explore.workspace.IMAGES", {True: 16, False: 16})
+    monkeypatch.setattr("difflex.explore.workspace.IMAGES", {True: 24, False: 24})
     monkeypatch.setattr("difflex.explore.search.SPECIFIC", -10.0)
     monkeypatch.setattr("difflex.explore.search.MIN_IMAGES", 1)
     names: dict[str, object] = {}

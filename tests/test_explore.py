@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from other_device import other_device
+from sample_study import new_study, write_book, write_dictionary, write_matches
 
 import difflex
 from difflex.cli import main
@@ -95,11 +96,26 @@ def test_a_search_makes_a_book_and_finds_features_by_captions(activations: SiteA
 
 
 def test_a_feature_shows_its_images_with_a_map(feature: Feature, sae: FeatureDictionary):
-    assert 0 < feature.density <= 1 and feature.peak > 0 and feature.label == ""
+    assert 0 < feature.density <= 1 and feature.peak > 0
     assert [example.feature for example in feature.examples] == [feature.number] * len(feature.examples)
     html = feature._repr_html_()
     assert f"feature {feature.number}" in html and html.count("data:image/webp;base64,") == 8 and len(html) < 200_000
-    assert repr(feature) == f"<feature {feature.number} of {sae.name}>"
+    assert repr(feature).startswith(f"<feature {feature.number} of {sae.name}")
+
+
+def test_a_label_is_a_concept_an_explanation_or_what_captions_share(tmp_path: Path):
+    study, name = new_study(tmp_path), "double.1/topk-12-k4"
+    write_dictionary(study, name)
+    write_book(study, name, explained={8: ("dark areas", 0.9)}, captions={4: "two red rings", 8: "two red rings"})
+    open_study = difflex.open_study(tmp_path)
+
+    def labels() -> list[str]:
+        workspace, ref = open_study.workspace, study.find_dictionary(name)
+        return [Feature(FeatureDictionary(workspace, ref), number).label for number in (1, 4, 8)]
+
+    assert labels()[1:] == ["captions say two and red", "dark areas"]
+    write_matches(study, name, (0.93, 0.8, 0.7, 0.6), per_concept=1)
+    assert labels()[0] == "blue (AP 0.80)"
 
 
 def test_an_edited_image_is_shown_beside_the_unedited_one(model: Model, feature: Feature, tmp_path: Path):

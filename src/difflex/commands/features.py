@@ -94,7 +94,7 @@ class CollectCommand(StudyModelCommand):
     """Images per forward pass."""
 
     def __call__(self) -> list[Path]:
-        from difflex.features.collecting import CollectConfig, books_locked, collect_study
+        from difflex.features.collecting import CollectConfig, collect_study
         from difflex.steering import StudyEditor
 
         if sum(map(bool, (self.prompts, self.folder, self.drawn_world))) > 1:
@@ -107,17 +107,16 @@ class CollectCommand(StudyModelCommand):
         refs = (study.select_largest if self.largest else study.select_dictionaries)(self.site, self.dictionary)
         counts = {name: getattr(self, name) for name in ("top_examples", "random_examples", "silent_examples")}
         editor, stores = StudyEditor(study), study.stores()
-        with books_locked(study, refs):
-            books = collect_study(
-                study,
-                refs,
-                self._source(study, refs),
-                CollectConfig(**counts),
-                load=editor.dictionary,
-                strengths=lambda ref: editor.default_strengths(ref) if ref.site in stores else (),
-                most_patches=self.patches,
-                discard_explanations=self.discard_explanations,
-            )
+        books = collect_study(
+            study,
+            refs,
+            self._source(study, refs),
+            CollectConfig(**counts),
+            load=editor.dictionary,
+            strengths=lambda ref: editor.default_strengths(ref) if ref.site in stores else (),
+            most_patches=self.patches,
+            discard_explanations=self.discard_explanations,
+        )
         for book in books:
             print(f"{book.path}: {'up to date' if book.up_to_date else 'collected'}")
         paths = [book.path for book in books]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -20,7 +22,7 @@ from difflex.explore.display import Tile, caption, facts, gallery, heading, tabl
 from difflex.explore.edits import Editing, FeatureEdits, Half, Region, read_region
 from difflex.explore.search import FoundFeature, search
 from difflex.explore.workspace import Workspace
-from difflex.features import overlaid
+from difflex.features import Book, overlaid
 from difflex.features.entries import Example, FeatureStats
 from difflex.records import Codes, Edit, Site
 from difflex.study import DictionaryRef
@@ -34,6 +36,9 @@ WALL = 12
 """Features that a search shows with an image."""
 SIDE = 144
 """Pixels to which the images of small models are enlarged at least."""
+FEWEST, SHARED, WORDS = 4, 0.7, 2
+"""Top images that a feature must have for its captions to count; by how much of the largest excess over other images they share
+a word; and the most words of a label."""
 CLEAR = 0.5
 """Average precision from which the best concept of a feature is its label."""
 
@@ -169,7 +174,7 @@ class Feature(Editing):
 
     @cached_property
     def label(self) -> str:
-        """The known concept that it detects, or else its explanation; empty if neither is known."""
+        """The known concept that it detects, or else its explanation, or words that captions of its top images share."""
         workspace, ref = self.dictionary.workspace, self.dictionary.ref
         concepts = workspace.concepts(ref)
         best = None if concepts is None else concepts.by_feature.get(self.number)
@@ -179,7 +184,7 @@ class Feature(Editing):
             return ""
         with workspace.book(ref) as book:
             texts = [entry.text for entry in book.explanations(self.number) if entry.state == "done"]
-        return texts[-1] if texts else ""
+            return texts[-1] if texts else _shared_words(book, self.examples[:TOP])
 
     @property
     def examples(self) -> list[Example]:
@@ -231,12 +236,25 @@ class Feature(Editing):
         stats = self.stats
         strength = "" if stats.strength is None else f", default strength {stats.strength:.2g} peaks"
         line = f"fires at {stats.density:.2%} of tokens, peak {stats.peak:.3g}{strength}"
-        meaning = "; ".join(filter(None, (self.label, self.reason)))
+        meaning = self.reason or self.label
         if not stats.firings:
             line = "It fires in none of the images of the book."
         return (
             heading(f"feature {self.number}", self.dictionary.name) + caption(meaning) + caption(line) + gallery(self._tiles(TOP))
         )
+
+
+def _shared_words(book: Book, examples: Sequence[Example]) -> str:
+    """Return the words that the captions of examples share, and captions of other images have rarely; empty if there are none."""
+    top = [row.shot.prompt for row in book.shots(example.shot for example in examples).values()]
+    every = list({row.image: row.caption for row in book.captions()}.values())
+    counts, others = (
+        Counter(word for text in texts for word in dict.fromkeys(re.findall(r"\w+", text.lower()))) for texts in (top, every)
+    )
+    shares = {word: others[word] / len(every) for word in counts}
+    excess = {word: (counts[word] / len(top) - share) / (1 - share) for word, share in shares.items() if share < 1}
+    words = sorted((word for word in excess if excess[word] >= SHARED), key=lambda word: -excess[word])[:WORDS]
+    return f"captions say {' and '.join(words)}" if words and len(top) >= FEWEST else ""
 
 
 @final

@@ -15,7 +15,7 @@ from difflex.errors import DifflexError
 from difflex.evaluation import EditedModel, Evaluation, EvaluationConfig, evaluate_study
 from difflex.explore.inputs import open_book
 from difflex.features import Book, ImageAlbum
-from difflex.features.collecting import CollectConfig, books_locked, collect_study, stored_source
+from difflex.features.collecting import CollectConfig, collect_study, stored_source
 from difflex.features.detected import DetectedConcepts
 from difflex.pipeline import Pipeline
 from difflex.records import Shot, Site
@@ -83,15 +83,14 @@ class Workspace:
             images = IMAGES[sum(weights.numel() for weights in pipe.denoiser.parameters()) <= SMALL_MODEL]
         source = stored_source(self.study, [ref], images, None, lambda precision: pipe.harvest_with_images)
         print(f"Making the book of {ref}: where its features fire in {source.images} images of its prompts.")
-        with books_locked(self.study, [ref]):
-            collect_study(
-                self.study,
-                [ref],
-                source,
-                CollectConfig(),
-                load=self.editor.dictionary,
-                strengths=lambda place: self.editor.default_strengths(place) if place.site in stores else (),
-            )
+        collect_study(
+            self.study,
+            [ref],
+            source,
+            CollectConfig(),
+            load=self.editor.dictionary,
+            strengths=lambda place: self.editor.default_strengths(place) if place.site in stores else (),
+        )
 
     def concepts(self, ref: DictionaryRef) -> DetectedConcepts | None:
         """Return the known concepts of a dictionary as it is now, if it was matched to them."""
