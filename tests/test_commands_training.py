@@ -62,6 +62,13 @@ def run(*words: str) -> int:
         return int(error.code or 0)
 
 
+def test_a_dry_run_says_what_a_training_takes_and_trains_nothing(study: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(study, "--dry-run") == 0
+    output = capsys.readouterr().out
+    assert "to do" in output and "Most on disk at once" in output and "of this machine, with" in output
+    assert not (study / "dictionaries").exists()
+
+
 def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
     """The content and the time of every file."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}

@@ -116,7 +116,7 @@ class Machine:
         """The device that memory and times are for."""
         memory = f"{format_size(self.memory)} of memory free" if self.memory else "its memory"
         if self.gpu is None:
-            return f"For the CPU of this machine, with {memory}. For a GPU: --gpu SIZE, as in --gpu 24GB."
+            return f"For the CPU of this machine, with {memory}. difflex run RECIPE --dry-run --gpu 24GB plans for a GPU."
         return f"For {'the GPU of this machine' if self.rates else 'a GPU'} with {format_size(self.gpu)} free, and {memory}."
 
     @property

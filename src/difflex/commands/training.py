@@ -11,7 +11,7 @@ from difflex.choices import NormalisationMethod, PursuitName, SAEKind
 from difflex.commands.flags import BATCH, COUNT, POSITIVE, SEED, TOKENS, Numbers, Shares, StudyImagesCommand, number
 from difflex.errors import BadInput
 from difflex.files import parsing
-from difflex.study import Command, Study
+from difflex.study import Command, CommandRecord, CommandStatus, Study
 
 if TYPE_CHECKING:
     from difflex.dictionaries import ITDA, SAE
@@ -116,10 +116,11 @@ class TrainCommand(StudyImagesCommand):
 
     def _forecast(self) -> list[Path]:
         from difflex.commands.estimates import estimate
-        from difflex.commands.forecast import plan, plan_table, this_machine
+        from difflex.commands.forecast import Forecast, PlannedCommand, plan_table, this_machine
 
-        study, machine = replace(Study.open(self.study), commands=(replace(self, dry_run=False),)), this_machine()
-        print(plan_table(plan(study, machine, estimate), machine))
+        command, machine = replace(self, dry_run=False), this_machine()
+        status = CommandStatus(command=command, record=CommandRecord(verb="train", flags={}), state="to do", changes={})
+        print(plan_table([PlannedCommand(status, estimate(Forecast(machine), command))], machine))
         return []
 
     def _flags_of_live(self) -> dict[str, object]:
