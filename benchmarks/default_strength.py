@@ -24,13 +24,13 @@ from difflex.commands.evaluation import ConceptsCommand
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.training import TrainCommand
 from difflex.effects.drawn_world import caption_task, drawn_generator
-from difflex.effects.judging import BROKEN, JudgedGenerator, SteeringMethod, batch_hook
+from difflex.effects.judging import JudgedGenerator, SteeringMethod, batch_hook
 from difflex.features.detected import DetectedConcepts
 from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import load
 from difflex.records import Edit
 from difflex.steering import StudyEditor
-from difflex.steering.strengths import intact_strengths
+from difflex.steering.strengths import BROKEN, intact_strengths
 from difflex.study import DictionaryRef, Study
 
 MODEL, SITE, GROUPS, MIN_AP = "mini-flux", "double.2:smooth", ("colour", "texture", "background"), 0.8

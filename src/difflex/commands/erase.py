@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from difflex.pipeline import Pipeline
     from difflex.steering import StudyEditor
 
-FACTORS = (-4.0, -2.0, -1.0, 0.0)
+FACTORS = (-2.0, -1.0, 0.0)
 """What codes are multiplied by, from the strongest on, unless a flag or the results of `difflex removal` say it."""
 MATCHED, MOST = 0.5, 4
 """Average precision from which another feature that detects the concept is edited, too, and how many there are at most."""
@@ -156,7 +156,7 @@ def _strongest_intact(
     factors: Sequence[float],
 ) -> tuple[float, list[Image.Image]]:
     """Return the first of `factors` at which all images stay intact, or else the last one, with the images."""
-    from difflex.steering.strengths import INTACT, LOSS_LEVELS
+    from difflex.steering.strengths import BROKEN, LOSS_LEVELS
 
     after, losses = list[Image.Image](), None
     for factor in factors:
@@ -164,6 +164,6 @@ def _strongest_intact(
         if factor == factors[-1]:
             break
         losses = pipe.losses(before, LOSS_LEVELS).mean(1) if losses is None else losses
-        if float((pipe.losses(after, LOSS_LEVELS).mean(1) / losses).max()) <= INTACT:
+        if float((pipe.losses(after, LOSS_LEVELS).mean(1) / losses).max()) < BROKEN:
             return factor, after
     return factors[-1], after

@@ -14,9 +14,8 @@ from torch import Tensor
 from difflex.errors import BadInput
 from difflex.records import Edit, HookContext, Rectangle
 from difflex.steering import EditFeatures, SteeringHook, steering_hooks
+from difflex.steering.strengths import BROKEN
 
-BROKEN = 1.5
-"""Images with this many times the loss of unedited ones, or more, are broken."""
 Images = Float[Tensor, "image channel row column"]
 
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["INTACT", "LOSS_LEVELS", "STRENGTHS", "IntactStrength", "intact_strengths"]
+__all__ = ["BROKEN", "LOSS_LEVELS", "STRENGTHS", "IntactStrength", "intact_strengths"]
 
 LOSS_LEVELS = (0.3, 0.6, 0.9)
 """Noise levels at which the unedited model's loss on finished images is measured."""
-INTACT = 1.4
-"""An image is intact while its loss is at most this many times that of the unedited one."""
+BROKEN = 1.5
+"""Images with this many times the loss of unedited ones, or more, are broken."""
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 """The strengths to choose from."""
 
@@ -40,9 +40,9 @@ def intact_strengths(losses: Callable[[Sequence[float]], Float[Tensor, " image"]
         for image, (i, ratio) in enumerate(zip(middle, ratios, strict=True)):
             if low[image] > high[image]:
                 continue
-            if ratio <= INTACT or i == 0:
+            if ratio < BROKEN or i == 0:
                 best[image] = IntactStrength(STRENGTHS[i], ratio)
-            if ratio <= INTACT:
+            if ratio < BROKEN:
                 low[image] = i + 1
             else:
                 high[image] = i - 1
