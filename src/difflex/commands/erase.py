@@ -94,7 +94,7 @@ class EraseCommand(StudyImagesCommand):
     def _matched(self, study: Study) -> Erasure:
         """Return the edits by the features that detect the concept, the best first."""
         place, (feature,) = named_features(study, (self.concept,), self.dictionary)
-        features = (feature,) if self.concept.isdecimal() else (feature, *_others(study, place, feature))[:MOST]
+        features = (feature,) if self.concept.isdecimal() else (feature, *_others(study, place, feature, self.concept))[:MOST]
         edit = Edit(
             operation="scale",
             site=place.site,
@@ -105,16 +105,15 @@ class EraseCommand(StudyImagesCommand):
         return Erasure((edit,), f"features {', '.join(map(str, features))} of {place}, which detect it", None)
 
 
-def _others(study: Study, place: DictionaryRef, feature: int) -> Iterator[int]:
-    """Yield the other features that detect the concept of `feature` clearly and nothing better, the best first."""
+def _others(study: Study, place: DictionaryRef, feature: int, concept: str) -> Iterator[int]:
+    """Yield the other features that detect the concept clearly and nothing better, the best first."""
     detected = DetectedConcepts.read(study, place)
-    concepts = {} if detected is None else {best.feature: name for name, best in detected.by_concept.items()}
-    if detected is None or feature not in concepts:
+    if detected is None or detected.by_concept.get(concept.lower(), (None,))[0] != feature:
         return
     matched = [
         (-best.ap, other)
         for other, best in detected.by_feature.items()
-        if other != feature and best.concept == concepts[feature] and best.ap >= MATCHED
+        if other != feature and best.concept == concept.lower() and best.ap >= MATCHED
     ]
     yield from (other for _, other in sorted(matched))
 
