@@ -393,7 +393,7 @@ def test_the_table_shows_gpu_memory_where_there_is_a_gpu_and_what_does_not_fit(t
         (replace(MACHINE, rates={}, gpu=80 * 10**9), ("GPU memory", "?")),
     ):
         table = plan_table(plan(study, machine, estimate), machine)
-        assert all(text in table for text in texts) and ("GPU" in table) == (machine.gpu is not None)
+        assert all(text in table for text in texts) and ("GPU memory" in table) == (machine.gpu is not None)
         assert "Most on disk at once: " in table
 
 

@@ -110,7 +110,7 @@ class CollectCommand(StudyModelCommand):
         books = collect_study(
             study,
             refs,
-            self._source(study, refs),
+            lambda: self._source(study, refs),
             CollectConfig(**counts),
             load=editor.dictionary,
             strengths=lambda ref: editor.default_strengths(ref) if ref.site in stores else (),

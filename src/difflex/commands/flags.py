@@ -282,7 +282,7 @@ class ModelCommand(Command):
         if precision == "auto" and out is not None:
             precision, offload = self._fit(out)
         return difflex.load(
-            located(self.model),
+            self.model,
             precision=precision,
             revision=self.revision,
             untrained=self.untrained,

@@ -121,7 +121,7 @@ def _evaluate_site(
         missing = [ref for ref, evaluation in evaluations.items() if wanted.is_missing(evaluation.effect)]
         if missing:
             earlier = [effect.shots for ref in missing if (effect := evaluations[ref].effect)]
-            count = max([*earlier, *([] if earlier and not config.replace else [shots])])
+            count = max(earlier) if earlier and not config.replace else max([*earlier, shots])
             effects = _measure_effects([study.dictionary(*ref) for ref in missing], store, model, count, measures)
             for ref, effect in zip(missing, effects, strict=False):  # no effects if no shot can be generated again
                 effect = _combine(evaluations[ref].effect, replace(effect, precision=config.precision))

@@ -109,15 +109,25 @@ def load_model(
     settings = study.settings
     offload = settings.offload and (is_asked_to_offload or has_gpu())  # on a CPU, only what was asked for warns
     pipe = load(
-        study.model,
+        _located(study),
         precision=settings.precision,
         offload=offload,
         offline=offline,
         text_length=settings.text_length,
         **model_arguments(study),
     )
+    pipe.name = study.model
     pipe.engine.set_defaults(settings.pixels, settings.steps, settings.guidance)
     return pipe
+
+
+def _located(study: Study) -> str:
+    """Return where the model of a study is: a folder may be named relative to a folder above the study, where it was made."""
+    if not Path(study.model).exists():
+        for parent in study.folder.resolve().parents:
+            if (parent / study.model).is_dir():
+                return str(parent / study.model)
+    return study.model
 
 
 def has_gpu() -> bool:

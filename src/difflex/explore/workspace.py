@@ -86,7 +86,7 @@ class Workspace:
         collect_study(
             self.study,
             [ref],
-            source,
+            lambda: source,
             CollectConfig(),
             load=self.editor.dictionary,
             strengths=lambda place: self.editor.default_strengths(place) if place.site in stores else (),

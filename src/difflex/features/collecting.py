@@ -295,7 +295,7 @@ class CollectedBook(NamedTuple):
 def collect_study(
     study: Study,
     refs: Sequence[DictionaryRef],
-    source: ImageSource,
+    open_source: Callable[[], ImageSource],
     config: CollectConfig,
     *,
     load: Callable[[DictionaryRef], Dictionary],
@@ -303,13 +303,15 @@ def collect_study(
     most_patches: int | None = None,
     discard_explanations: bool = False,
 ) -> list[CollectedBook]:
-    """Make the books of dictionaries in one pass over the images of `source`; books that are up to date stay.
+    """Make the books of dictionaries in one pass over images; books that are up to date stay.
 
-    `strengths` returns the default steering strengths of all features of a dictionary, if known. The model generates images of
-    ITDA atoms that are not in the source, at most `most_patches` of them (None: as many as the source has images), those of the
-    most atoms that fire first. Explanations are kept, unless they are to be discarded.
+    The source of the images is opened once the books can be written. `strengths` returns the default steering strengths of all
+    features of a dictionary, if known. The model generates images of ITDA atoms that are not in the source, at most
+    `most_patches` of them (None: as many as the source has images), those of the most atoms that fire first. Explanations are
+    kept, unless they are to be discarded.
     """
     with _books_locked(study, refs):
+        source = open_source()
         if discard_explanations:
             _discard_explanations(study, refs)
         settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())

@@ -56,7 +56,7 @@ class DetectedConcepts(NamedTuple):
         with parsing(path, "results of difflex concepts", ADVICE):
             names, inputs = [name for name, _ in entries["concepts"]], entries["inputs"] or {}
             columns = zip(*(entries["features"][column] for column in ("features", "concepts", "ap")), strict=True)
-            results = max((level["results"] for level in entries["levels"]), key=_count_findable)
+            results = max((level["results"] for level in entries["levels"]), key=_count_findable, default=[])
             return cls(
                 by_feature={int(feature): BestConcept(names[concept], float(ap)) for feature, concept, ap in columns},
                 by_concept={result["concept"][0]: _detector(result["best"]) for result in results},
