@@ -45,7 +45,7 @@ attack: $(READY)  ## run every command on damaged, full and forbidden disks, kil
 	@echo "attack: nothing may be lost, hang or end with a traceback"
 	@$(BIN)/python -m tests.attack
 
-docs: .venv/docs-ready  ## build the documentation as a site: site/index.html
+docs: $(READY)  ## build the documentation as a site: site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "docs: open site/index.html in a browser"
 
@@ -62,11 +62,6 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setup: installing difflex and what it needs into .venv with $(PYTHON) (minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@
-
-.venv/docs-ready: $(READY)
-	@echo "setup: installing what builds the documentation into .venv"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 # The peers pin other versions of our dependencies, and some change torch when imported, so they have their own environment.
