@@ -1,4 +1,4 @@
-"""`difflex pack`: a study without its activations as one zip file, for somebody else."""
+"""`difflex pack`: write a study without its activations to one zip file, to share it."""
 
 import os
 import zipfile

@@ -78,7 +78,7 @@ class FeatureEdits(Editing):
         for edit, features in prepared:
             assert features.origin is not None
             check_origin(features.description, features.origin, edit.site, model, revision)
-        # Edits are told apart by identity: two studies may have equal ones.
+        # `is`, not `==`: edits of two studies may be equal.
         return steering_hooks(self.edits, lambda edit: next(features for own, features in prepared if own is edit))
 
     def __str__(self) -> str:
