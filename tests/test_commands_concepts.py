@@ -95,6 +95,15 @@ def test_dictionaries_and_baselines_are_matched_once_and_again_after_a_change(st
     assert capsys.readouterr().out.count("up to date") == 4
 
 
+def test_few_images_are_enough_where_half_of_them_are_held_out(study: Study):
+    words = ["concepts", str(study.folder), "--images", "60", "--noise", "0.25", "--no-baselines"]
+    assert main(words) == 2, "a tenth of 60 images cannot show any concept often enough"
+    assert main([*words, "--held-out", "0.5"]) == 0
+    matches = ConceptMatches.load(study.concepts(SITE, "topk-24-k4"))
+    assert matches.inputs is not None and matches.inputs.config.held_out == 0.5
+    assert len(matches.concepts) > 4
+
+
 def test_a_label_folder_and_an_untrained_control_are_matched(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "mine"
     for part in ("images", "labels"):
@@ -124,8 +133,9 @@ def test_a_label_folder_and_an_untrained_control_are_matched(tmp_path: Path, cap
     [
         (["--site", "double.1"], "The site 'double.1' is unknown; nearest: double.0"),
         (["--dictionary", f"{SITE}/topk-24-k5"], "The dictionary 'double.0/topk-24-k5' is unknown; nearest: double.0/topk-24-k4"),
-        (["--images", "10", "--noise", "0.25"], "Give more images; a tenth of them is held out"),
+        (["--images", "10", "--noise", "0.25"], "Give more images, or hold out half of them: --held-out 0.5"),
         (["--folder", "nowhere"], "nowhere/images holds no image"),
+        (["--held-out", "1"], "1 of the images cannot be held out"),
         (["--present-above", "0.2", "--absent-below", "0.3", *FEW], "absent up to a share of 0.3"),
     ],
 )

@@ -9,11 +9,11 @@ from difflex import progress
 from difflex.progress import ProgressBar
 
 
-def log(monkeypatch: pytest.MonkeyPatch, every: float, show: bool = True) -> list[str]:
+def log(monkeypatch: pytest.MonkeyPatch, every: float, show: bool = True, total: int | None = 4) -> list[str]:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(progress, "EVERY", every)
-    with ProgressBar(total=4, desc="training", unit=" tokens", show=show) as bar:
+    with ProgressBar(total=total, desc="training", unit=" tokens", show=show) as bar:
         for _ in range(4):
             bar.update(1)
     return stream.getvalue().splitlines()
@@ -24,3 +24,8 @@ def test_a_log_has_a_line_for_each_interval_and_none_for_short_work(monkeypatch:
     assert len(lines) >= 2 and all(line.startswith("training: ") and "of 4 tokens in 00:00" in line for line in lines)
     assert log(monkeypatch, every=30.0) == []
     assert log(monkeypatch, every=1e-9, show=False) == []
+
+
+def test_work_of_unknown_length_does_not_say_how_long_it_still_takes(monkeypatch: pytest.MonkeyPatch):
+    lines = log(monkeypatch, every=1e-9, total=None)
+    assert lines and not any("?" in line or "to go" in line for line in lines)

@@ -59,3 +59,23 @@ def test_a_site_may_be_written_as_text_wherever_a_record_has_one():
     assert Site.parse(edit.site) is edit.site
     with pytest.raises(BadInput, match="7 is not a site"):
         Edit(operation="add", site=7, dictionary="d", features=(1,))  # pyright: ignore
+
+
+def test_a_larger_held_out_share_holds_the_smaller_one():
+    def held_out(share: float) -> set[str]:
+        return {str(number) for number in range(2000) if Shot.split_of(str(number), share) == "held-out"}
+
+    assert held_out(0.1) < held_out(0.25) < held_out(0.5)
+    assert [round(len(held_out(share)) / 2000, 1) for share in (0.1, 0.5, 0.8)] == [0.1, 0.5, 0.8]
+    assert [number for number in range(60) if Shot.split_of(str(number)) == "held-out"] == [
+        0,
+        7,
+        9,
+        10,
+        33,
+        40,
+        44,
+        51,
+        57,
+        59,
+    ], "stored splits stay"

@@ -13,6 +13,8 @@ __all__ = ["ProgressBar"]
 EVERY = 30.0
 """Seconds between two lines in a log."""
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit} in {elapsed}, {remaining} to go, {rate_fmt}"
+ENDLESS_LINE = "{desc}: {n_fmt}{unit} in {elapsed}, {rate_fmt}"
+"""Where it is not known how much there is to do."""
 
 
 class _Lines(StringIO):
@@ -37,5 +39,5 @@ class ProgressBar(tqdm):
         """Begin the bar; `show` says whether it is to be seen."""
         if not sys.stderr.isatty():
             options |= {"file": _Lines(sys.stderr), "mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY, "leave": False}
-            options |= {"bar_format": LINE, "ncols": None}
+            options |= {"bar_format": ENDLESS_LINE if options.get("total") is None else LINE, "ncols": None}
         super().__init__(*arguments, disable=not show, **options)

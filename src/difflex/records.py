@@ -118,10 +118,11 @@ class Shot:
         return entries
 
     @staticmethod
-    def split_of(content: str | bytes) -> Split:
-        """Return the split of a prompt or image: `held-out` for a fixed tenth of all, by a hash of the content."""
+    def split_of(content: str | bytes, held_out: float = 0.1) -> Split:
+        """Return the split of a prompt or image by a hash of the content: a share is `held-out`, part of any larger share."""
         digest = hashlib.sha256(content.encode() if isinstance(content, str) else content).digest()
-        return "held-out" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
+        tenths, rest = int.from_bytes(digest[:8], "big") % 10, int.from_bytes(digest[8:10], "big") / 2**16
+        return "held-out" if (tenths + rest) / 10 < held_out else "train"
 
 
 @dataclass(frozen=True, kw_only=True)

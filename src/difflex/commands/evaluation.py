@@ -109,7 +109,9 @@ class ConceptsCommand(StudyModelCommand):
     no_baselines: FlagCreatePairsOff[bool] = False
     """Leave out principal axes, random directions and neurons."""
     images: Annotated[int, COUNT] = 1000
-    """Number of labelled images; a tenth of them is held out for the measurements."""
+    """Number of labelled images."""
+    held_out: Annotated[float, SHARE, arg(metavar="SHARE")] = 0.1
+    """Share of the images that concepts are measured on; features are chosen on the others. With few images, take half."""
     noise: NoiseLevels = (0.25, 0.5, 0.75)
     """Noise levels of the images at the model's input."""
     folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: the drawn world)")] = None
@@ -131,6 +133,7 @@ class ConceptsCommand(StudyModelCommand):
 
         config = ConceptsConfig(
             images=self.images,
+            held_out=self.held_out,
             noise=self.noise,
             pixels=self.pixels,
             empty_prompts=self.empty_prompts,
@@ -151,7 +154,7 @@ class ConceptsCommand(StudyModelCommand):
                     ks = [read_config(study.dictionary(*ref)).k for ref in study.dictionaries()]
                     _check_memory(pipe(), site, replace(config, pixels=pixels), len(images.concepts), ks)
                 return lambda images, prompts, names: pipe().harvest_images(
-                    images, self.noise, site, prompts, names, batch=self.batch
+                    images, self.noise, site, prompts, names, batch=self.batch, held_out=self.held_out
                 )
 
             return harvest_at

@@ -134,6 +134,7 @@ def noised_images(
     prompts: str | Iterable[str],
     names: Iterable[str | None] | None,
     seed: int,
+    held_out: float = 0.1,
 ) -> Iterator[NoisedImage]:
     """Open `images` lazily and yield them with their shots; image i is noised by the seed `seed + i`."""
     prompts = repeat(prompts) if isinstance(prompts, str) else prompts
@@ -148,7 +149,7 @@ def noised_images(
         engine.defaults.check_pixels(pixels, engine.token_pixels)
         content = hashlib.sha256(image.tobytes()).hexdigest()
         name = name or (f"sha256:{content[:16]}" if isinstance(source, Image.Image) else str(source))
-        split = Shot.split_of(content)
+        split = Shot.split_of(content, held_out)
         yield NoisedImage(
             image,
             replace(settings, prompt=check_prompt(prompt), seed=check_seed(seed + i), pixels=pixels, image=name, split=split),

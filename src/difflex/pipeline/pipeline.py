@@ -176,11 +176,12 @@ class Pipeline:
         seed: int = 0,
         batch: int = 16,
         progress: bool = True,
+        held_out: float = 0.1,
     ) -> Iterator[Activations]:
         """Yield the activations of `sites` for given images, noised to one or several levels (0 the image, 1 pure noise).
 
         Each takes one call of the denoiser, without guidance; the noise of image i has the seed `seed + i`. Give a prompt for
-        each image, a single one for all, or none for empty prompts.
+        each image, a single one for all, or none for empty prompts. `held_out` is the share of images in the split of that name.
         """
         _check_batch(batch)
         check_seed(seed)
@@ -189,7 +190,7 @@ class Pipeline:
         settings = replace(settings, guidance=1.0) if self.engine.is_guided(settings.guidance) else settings
         images = [images] if isinstance(images, (str, Path, Image.Image)) else images
         names = [names] if isinstance(names, str) else names
-        inputs = noised_images(self.engine, settings, images, "" if prompts is None else prompts, names, seed)
+        inputs = noised_images(self.engine, settings, images, "" if prompts is None else prompts, names, seed, held_out)
         return harvest_images(self.engine, inputs, noise_levels(noise), self._modules(sites), batch, progress)
 
     def losses(

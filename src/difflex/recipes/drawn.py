@@ -44,13 +44,15 @@ def mini(
             AnatomyCommand(**loading, max_prompts=16),
             HarvestCommand(**loading, site=(site,), tokens=tokens, steps=4),
             TrainCommand(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=3 * tokens),
-            ItdaCommand(study=folder, site=(site,), k=16, size=(2048,), tokens=max(1, tokens // 2)),
+            ItdaCommand(study=folder, site=(site,), k=16, size=(2048,), tokens=max(1, tokens // 4)),
             EvaluateCommand(study=folder, effect_shots=8),
-            ConceptsCommand(studies=(folder,), images=600, noise=(LATE,)),
+            ConceptsCommand(studies=(folder,), images=600, held_out=0.5, noise=(LATE,)),
             CollectCommand(study=folder, drawn_world=True, images=400, noise=(LATE,), patches=0),
             ExplainCommand(studies=(folder,), random_features=50),
             ExplainCommand(studies=(folder,), random_features=50, protocol="paper"),
-            SteerEvalCommand(study=folder, dictionary=(f"{site}/topk-2048-k32",), trials=8, strength=(1.0, 2.0)),
+            SteerEvalCommand(
+                study=folder, dictionary=(f"{site}/topk-2048-k32",), groups=("colour", "texture"), trials=6, strength=(1.0, 2.0)
+            ),
             ReportCommand(study=folder),
         ),
     )

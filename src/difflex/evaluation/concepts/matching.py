@@ -193,7 +193,8 @@ def _frequent_concepts(labels: TokenLabels, min_images: int) -> list[int]:
         held_out, total = len(labels.images[labels.held_out].unique()), len(labels.images.unique())
         raise BadInput(
             f"No concept is shown in {min_images} held-out images and as many others: of {total} images {held_out} are held out, "
-            f"and none is in more than {int(counts.amin(0).max())} on both sides. Give more images; a tenth of them is held out."
+            f"and none is in more than {int(counts.amin(0).max())} on both sides. Give more images, or hold out half of them: "
+            "--held-out 0.5."
         )
     return is_frequent.nonzero()[:, 0].tolist()
 

@@ -78,7 +78,9 @@ class ConceptsConfig:
     """How labelled images are harvested, labelled and matched."""
 
     images: int = 1000
-    """Number of labelled images; a tenth of them is held out."""
+    """Number of labelled images."""
+    held_out: float = 0.1
+    """Share of the images that concepts are measured on; features are chosen on the others."""
     noise: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Noise levels between 0 (the image) and 1 (pure noise)."""
     pixels: tuple[int, int] | None = None
@@ -94,7 +96,9 @@ class ConceptsConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if not 1 <= self.images <= MOST:
-            raise BadInput(f"{self.images:,} images are not possible. Ask for 1 to {MOST:,}; a tenth is held out.")
+            raise BadInput(f"{self.images:,} images are not possible. Ask for 1 to {MOST:,}.")
+        if not 0 < self.held_out < 1:
+            raise BadInput(f"{self.held_out:g} of the images cannot be held out. Give a share between 0 and 1, such as 0.5.")
         if not 0 < len(self.noise) <= 100 or not all(0 <= level <= 1 for level in self.noise):
             raise BadInput(f"The noise levels {shown(self.noise)} are not possible. Give 1 to 100 numbers from 0 to 1.")
         if self.pixels is not None and not all(0 < side <= 16_384 for side in self.pixels):
