@@ -12,7 +12,7 @@ __all__ = ["ProgressBar"]
 
 EVERY = 30.0
 """Seconds between two lines in a log."""
-LINE = "{desc}: {n_fmt} of {total_fmt}{unit} in {elapsed}, {remaining} to go, {rate_fmt}"
+LINE = "{desc}: {n_fmt} of {total_fmt}{unit} in {elapsed}, {remaining} to go, {rate_fmt}{postfix}"
 ENDLESS_LINE = "{desc}: {n_fmt}{unit} in {elapsed}, {rate_fmt}"
 """Where it is not known how much there is to do."""
 
@@ -41,3 +41,7 @@ class ProgressBar(tqdm):
             options |= {"file": _Lines(sys.stderr), "mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY, "leave": False}
             options |= {"bar_format": ENDLESS_LINE if options.get("total") is None else LINE, "ncols": None}
         super().__init__(*arguments, disable=not show, **options)
+
+    def set_postfix_str(self, s: str = "", refresh: bool = False) -> None:
+        """Say something at the end of the bar, from the next time on that it is drawn."""
+        super().set_postfix_str(s, refresh)
