@@ -1,6 +1,7 @@
 """`difflex pack`: write a study without its activations to one zip file, to share it."""
 
 import os
+import shlex
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ COMPRESSED = (".webp", ".png", ".jpg")
 class PackCommand(Command):
     """Put a study into a zip file: dictionaries, books with their images, records and the report, without activations.
 
-    Unzipped, it is a study for all commands that need no activations: search, show, steer, erase, report, compare and others.
+    The file is a study for all commands that need no activations: search, show, steer, erase, report, compare and others.
     """
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -46,7 +47,8 @@ class PackCommand(Command):
                 with disk_errors(file, "read"):
                     archive.write(file, Path(name) / file.relative_to(study.folder), kind)
         print(
-            f"{out}: {len(files)} files, {out.stat().st_size / 1e6:.1f} MB, without activations. Unzipped it is the study {name}."
+            f"{out}: {len(files)} files, {out.stat().st_size / 1e6:.1f} MB, without activations. Commands take it for the study:"
+            f"\n\ndifflex status {shlex.quote(str(out))}"
         )
         if os.path.isabs(study.model):
             print(f"Its model is the folder {study.model}, which is not in the file: steering needs it at the same place.")

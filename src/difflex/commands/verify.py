@@ -66,10 +66,11 @@ class VerifyCommand(Command):
     """The folder of the study."""
 
     def __call__(self) -> None:
-        studies = [self.study, *sorted(path.parent for path in self.study.glob("*/study.json"))]
-        if not any((self.study / name).exists() for name in ("study.json", "activations", "dictionaries")):
+        top = Study.open(self.study).folder if self.study.is_file() else self.study  # of a packed study, where it is unpacked
+        studies = [top, *sorted(path.parent for path in top.glob("*/study.json"))]
+        if not any((top / name).exists() for name in ("study.json", "activations", "dictionaries")):
             raise UnknownName(f"{self.study} is not a study: it has no study.json. difflex harvest begins one.")
-        files = [file for folder in studies for file in _files(Study(folder=folder, model=""), self.study)]
+        files = [file for folder in studies for file in _files(Study(folder=folder, model=""), top)]
         counts: dict[str, tuple[int, int]] = {file.part: (0, 0) for file in files}
         with (
             ProgressBar(total=sum(map(_size, files)), unit="B", unit_scale=True, desc="verify") as bar,

@@ -14,10 +14,10 @@ from difflex.choices import Precision
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.files import disk_errors, read_json, write_json
 from difflex.records import Site, is_same_model, model_name
+from difflex.study.packed import STUDY_FILE, study_folder
 from difflex.study.settings import StudySettings
 
 FORMAT = 1
-STUDY_FILE = "study.json"
 GROWING = "growing-"
 """The first part of the folder name of a dictionary whose size, and so its name, is not known yet."""
 ADVICE = "Move it away and run the command that began the study again: it writes a new one, and keeps all that is there."
@@ -76,8 +76,9 @@ class Study:
 
     @classmethod
     def open(cls, folder: Path | str) -> Study:
-        """Open the study in `folder`."""
-        path = Path(folder) / STUDY_FILE
+        """Open the study in `folder`, or in a zip file that `difflex pack` wrote."""
+        folder = study_folder(Path(folder))
+        path = folder / STUDY_FILE
         if not _is_file(path):
             raise UnknownName(f"{folder} is not a study: it has no {STUDY_FILE}. difflex harvest begins one.")
         entries = read_json(path, FORMAT, ADVICE, header=True)
@@ -91,7 +92,7 @@ class Study:
             if not (isinstance(value, str) and value.strip()) and not (name == "revision" and value is None):
                 raise BrokenFile(f"In {path} the entry '{name}' is {str(value)[:60]!r} instead of a name. {ADVICE}")
         try:
-            return cls(folder=Path(folder), settings=StudySettings.from_json(settings), **fields)
+            return cls(folder=folder, settings=StudySettings.from_json(settings), **fields)
         except (BadInput, UnknownName, TypeError, AttributeError) as error:
             raise BrokenFile(f"The settings in {path} cannot be used: {error} {ADVICE}") from error
 
@@ -174,7 +175,9 @@ class Study:
         if name is None:
             raise UnknownName(f"{self.folder} has no dictionaries yet. Make some with difflex train or difflex itda.")
         advice = "difflex train and difflex itda make dictionaries."
-        raise UnknownName.among("The dictionary", name, map(str, dictionaries), advice)
+        raise UnknownName.among(
+            "The dictionary", name, [*map(str, dictionaries), *{str(ref.site) for ref in dictionaries}], advice
+        )
 
     def select_dictionaries(self, sites: Sequence[str], names: Sequence[str]) -> list[DictionaryRef]:
         """Return the dictionaries at `sites` and those called `names` (SITE/LABEL); all if both are empty."""
