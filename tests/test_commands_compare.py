@@ -225,5 +225,5 @@ def test_two_dictionaries_of_a_study_are_compared_in_a_table(tmp_path: Path, cap
     assert rows[""][:2] == names or rows[""][-3:-1] == names
     assert rows["AP of ring"] == ["0.600", "0.400", "-0.200"] and "FVU" in rows and "median gain by steering" in rows
     assert main(["compare", study, "--dictionary", names[0]]) == 2
-    assert "1 studies and 1 dictionaries cannot be compared" in capsys.readouterr().err
+    assert "Studies: 1, dictionaries: 1: these cannot be compared" in capsys.readouterr().err
     assert main(["compare", study]) == 2

@@ -175,7 +175,7 @@ def test_a_concept_is_erased_by_the_features_that_detect_it(
     words = ["erase", str(study), "red", "--prompt", "a star", "--seeds", "0:2", "--out", str(out)]
     assert main(words) == 0
     output = capsys.readouterr().out
-    assert f"features 1, 0, 4 of {PLACE}, which detect it; codes times" in output and "2 images before and after" in output
+    assert f"features 1, 0, 4 of {PLACE}; codes times" in output and "2 images before and after" in output
     assert main([*words, "--strength", "0.5", "--edit-steps", "0:1"]) == 0
     assert "codes times 0.5" in capsys.readouterr().out
 

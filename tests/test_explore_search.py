@@ -84,7 +84,7 @@ def test_a_concept_left_out_as_rare_says_how_to_match_it(study: Study):
 
 
 def test_a_word_that_nothing_fits_names_the_nearest_concepts(study: Study):
-    with pytest.raises(UnknownName, match=r"'rad' is unknown; nearest: red.* difflex search"):
+    with pytest.raises(UnknownName, match=r"'rad' is unknown; nearest: red.* difflex features"):
         resolve_features(study, ["rad"])
 
 
@@ -102,7 +102,7 @@ def test_matches_and_books_of_a_changed_dictionary_do_not_count(tmp_path: Path):
 def test_the_command_lists_features_and_the_command_to_look_at_the_first(study: Study, capsys: pytest.CaptureFixture[str]):
     assert main(["search", str(study.folder), "red", "--limit", "2"]) == 0
     output = capsys.readouterr().out
-    assert "detects red, AP 0.93" in output and output.count(NAME) == 2 and output.count(OTHER) == 1
+    assert "detects red, AP 0.93" in output and output.count(NAME) == 3 and output.count(OTHER) == 1
     assert f"difflex show {study.folder} 1 --dictionary {NAME}" in output
     assert main(["search", str(study.folder), "red", "--dictionary", OTHER]) == 0
     assert NAME not in capsys.readouterr().out

@@ -126,7 +126,7 @@ def test_planning_writes_nothing_and_uses_no_network(tmp_path: Path, monkeypatch
     assert [each.estimate.seconds for each in planned] == [None] * len(planned)
     assert [each.estimate.tokens for each in planned[1:3]] == [4 * 400_000, 4 * 38_400_000]
     table = plan_table(planned, MACHINE)
-    assert "2: unknown: the model stabilityai/sdxl-turbo is not on this machine" in table and "0 s and ?" in table
+    assert "2: unknown: the model stabilityai/sdxl-turbo is not on this machine" in table and "0 s and" not in table
 
 
 @dataclass(frozen=True, kw_only=True)

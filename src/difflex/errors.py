@@ -29,7 +29,7 @@ class UnknownName(DifflexError, LookupError):
     def among(cls, kind: str, name: str, choices: Iterable[str], advice: str = "") -> "UnknownName":
         """Make the error for `name`, with its nearest neighbours among `choices` and advice what to do."""
         names = list(choices)
-        near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+        near = difflib.get_close_matches(name, names, n=5)
         listed = ", ".join(near or names[:12]) + ("" if near or len(names) <= 12 else ", ...")
         hint = f"nearest: {listed}" if near else f"known: {listed}" if names else "none are known"
         return cls(f"{kind} '{name}' is unknown; {hint}." + (f" {advice}" if advice else ""))

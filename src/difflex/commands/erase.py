@@ -88,7 +88,7 @@ class EraseCommand(StudyImagesCommand):
         rows = [list(pair) for pair in zip(before, after, strict=True)]
         sheet = contact_sheet(rows, row_labels=labels, column_labels=["before", f"without {self.concept}"])
         write_image(sheet, self.out)
-        print(f"{self.out.resolve()}: {len(shots)} images before and after")
+        print(f"{self.out.resolve()}: {len(shots)} image{'s' * (len(shots) > 1)} before and after")
         return [self.out]
 
     def _matched(self, study: Study) -> Erasure:
@@ -102,7 +102,8 @@ class EraseCommand(StudyImagesCommand):
             features=features,
             steps=first_and_end(self.edit_steps),
         )
-        return Erasure((edit,), f"features {', '.join(map(str, features))} of {place}, which detect it", None)
+        names = f"feature{'s' * (len(features) > 1)} {', '.join(map(str, features))} of {place}"
+        return Erasure((edit,), names, None)
 
 
 def _others(study: Study, place: DictionaryRef, feature: int, concept: str) -> Iterator[int]:

@@ -1,6 +1,8 @@
 """`difflex collect`, `features`, `search` and `show`: make books, list and search their features, draw the sheet of one."""
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -26,7 +28,7 @@ from difflex.commands.flags import (
     number,
 )
 from difflex.commands.inputs import load_study_model, named_features, open_book, open_study, study_pixels
-from difflex.errors import BadInput
+from difflex.errors import BadInput, DifflexError
 from difflex.explore.inputs import read_prompts
 from difflex.explore.search import nothing_found, rarity, search
 from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
@@ -252,8 +254,9 @@ class ShowCommand(Command):
         album = ImageAlbum(study.images)
         with open_book(study, ref) as book:
             image = sheet(book, album, feature, style=self.style, columns=self.columns, side=self.side, concept=concept)
+            steer = _steer_words(self.study, ref, feature, book, "" if best is None else best.concept)
         write_image(image, out)
-        print(out)
+        print(f"{out.resolve()}\n\n{steer}")
 
 
 @final
@@ -280,7 +283,18 @@ class SearchCommand(Command):
         print(text_table([("feature", "dictionary", "score", "because it"), *rows], right_align=(0, 2)))
         if note := rarity(study, words, place):
             print(f"As a concept, {words} was not matched. {note}")
-        print(f"\ndifflex show {self.study} {found[0].feature} --dictionary {found[0].place}")
+        first = found[0]
+        print(f"\n{shlex.join(['difflex', 'show', str(self.study), str(first.feature), '--dictionary', str(first.place)])}")
+        with suppress(DifflexError), open_book(study, first.place) as book:
+            print(_steer_words(self.study, first.place, first.feature, book, words))
+
+
+def _steer_words(study: Path, place: DictionaryRef, feature: int, book: Book, words: str) -> str:
+    """Return the command that steers with a feature, with the shortest caption of its book that has none of `words`."""
+    captions = [row.caption for row in book.captions() if row.caption.strip()]
+    unlike = [caption for caption in captions if not set(caption.lower().split()) & set(words.lower().split())]
+    prompt = min(unlike or captions, key=len, default="PROMPT")
+    return shlex.join(["difflex", "steer", str(study), str(feature), "--dictionary", str(place), "--prompt", prompt])
 
 
 def _find_book(study: Study, name: str | None) -> DictionaryRef:

@@ -319,6 +319,7 @@ class DiskPeak(NamedTuple):
     """The most that the files of a study take at once."""
 
     bytes: int
+    """0 where no command's are known."""
     command: int
     """The number of the command that takes it."""
     temporary: int
@@ -327,6 +328,8 @@ class DiskPeak(NamedTuple):
     @property
     def text(self) -> str:
         """A line about it."""
+        if not self.bytes:
+            return "Most on disk at once: unknown."
         most = f"Most on disk at once: {format_size(self.bytes)}, during command {self.command}"
         return most + (f", of which {format_size(self.temporary)} are deleted at its end." if self.temporary else ".")
 
@@ -356,8 +359,11 @@ def _line(number: int, planned: PlannedCommand) -> tuple[str, ...]:
 def _sum(name: str, estimates: Sequence[CostEstimate]) -> tuple[str, ...]:
     """Return the line of sums; of memory, the most of any command."""
     sizes, times = [each.bytes for each in estimates], [each.seconds for each in estimates]
-    size = format_size(sum(size or 0 for size in sizes)) + (" and ?" if None in sizes else "")
-    took = duration(sum(took or 0.0 for took in times)) + (" and ?" if None in times else "")
+    known = (format_size(sum(size or 0 for size in sizes)), duration(sum(took or 0.0 for took in times)))
+    size, took = (
+        "?" if values and not any(values) else text + (" and ?" if None in values else "")
+        for text, values in zip(known, (sizes, times), strict=True)
+    )
     return "", "", name, "", "", size, *_memory_cells(estimates), took, ""
 
 

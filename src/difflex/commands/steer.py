@@ -27,6 +27,7 @@ from difflex.commands.inputs import first_and_end, load_study_model, named_featu
 from difflex.errors import BadInput
 from difflex.images import check_image_path, check_output, check_sheet, contact_sheet, write_image
 from difflex.records import Edit, Rectangle, Shot, TransplantSource
+from difflex.study import DictionaryRef
 
 if TYPE_CHECKING:
     from difflex.pipeline import Pipeline
@@ -98,13 +99,14 @@ class SteerCommand(StudyImagesCommand):
             replay.check(editor)
             if given := [f"--{name}" for name in ("pixels", "steps", "guidance") if getattr(self, name) is not None]:
                 raise BadInput(f"A replay has the settings that were recorded: leave out {', '.join(given)}.")
+        place, features = (None, ()) if replay else self._features(editor)
         pipe = load_study_model(editor.study.run_in(replay.shot.precision if replay and not self.precision else None), self)
         if replay is not None:
             pipe.engine.set_text_length(replay.shot.text_length)
         shots = [replay.shot] if replay else self._shots(pipe)
         rows = 1 if replay else len(shots) * (1 + self.differences)
         check_sheet(self.out, rows, 1 + len(self.strength or (1,)), shots[0].pixels)
-        columns = [replay.edits] if replay else [(edit,) for edit in self._edits(editor, pipe, shots)]
+        columns = [replay.edits] if replay else [(edit,) for edit in self._edits(editor, pipe, shots, place, features)]
         if self.record is not None and (len(shots) > 1 or len(columns) > 1):
             raise BadInput(
                 f"One edit of one image can be recorded, but there are {len(columns)} edits and {len(shots)} images. Name one."
@@ -120,19 +122,31 @@ class SteerCommand(StudyImagesCommand):
         print(f"{', '.join(str(path.resolve()) for path in paths)}: {len(shots) * len(images)} images")
         return paths
 
-    def _edits(self, editor: "StudyEditor", pipe: "Pipeline", shots: Sequence[Shot]) -> list[Edit]:
-        """Return an edit for each strength; without strengths, one at the default for `shots`."""
-        pixels = next(pipe.shots("")).pixels
+    def _features(self, editor: "StudyEditor") -> tuple[DictionaryRef | None, tuple[int, ...]]:
+        """Return the features to steer with, and their dictionary; none with a contrast, which must exist."""
         if not self.features and self.contrast is None:
             raise BadInput("There is nothing to steer with. Name features, or --contrast NAME.")
-        by_contrast = self.contrast is not None and self.dictionary is None
-        place, numbers = (None, ()) if by_contrast else named_features(editor.study, self.features, self.dictionary)
+        if self.contrast is not None and self.dictionary is None:
+            editor.contrast(self.contrast)
+            return None, ()
+        return named_features(editor.study, self.features, self.dictionary)
+
+    def _edits(
+        self,
+        editor: "StudyEditor",
+        pipe: "Pipeline",
+        shots: Sequence[Shot],
+        place: DictionaryRef | None,
+        features: tuple[int, ...],
+    ) -> list[Edit]:
+        """Return an edit for each strength; without strengths, one at the default for `shots`."""
+        pixels = next(pipe.shots("")).pixels
         source_region = _parse_region(self.source_region, pixels)
         edit = Edit(
             operation=self.operation,
             site=place.site if place is not None else editor.contrast(self.contrast or "").site,
             dictionary=None if place is None else place.label,
-            features=numbers,
+            features=features,
             contrast=self.contrast,
             unit=self.unit,
             region=_parse_region(self.region, pixels),

@@ -72,7 +72,7 @@ class ReportCommand(Command):
         from difflex.report import write_report
 
         study = Study.open(self.study)
-        inside = self.study / CONTROL
+        inside = study.folder / CONTROL
         control = self.control or (inside if (inside / "study.json").is_file() else None)
         paths = write_report(study, control and Study.open(control), command_words)
         print(f"{paths[0]}: the report, with {len(paths) - 1} files in {paths[0].parent / 'report'}")
@@ -100,14 +100,16 @@ class CompareCommand(Command):
         from difflex.report import read_facts
         from difflex.report.comparison import compare, describe, describe_dictionaries, write_comparison
 
-        if (len(self.dictionary), self.other is None) not in ((0, False), (2, True)):
+        names = [name for names in self.dictionary for name in names.split(",") if name]
+        if (len(names), self.other is None) not in ((0, False), (2, True)):
             raise BadInput(
-                f"{1 + (self.other is not None)} studies and {len(self.dictionary)} dictionaries cannot be compared. Name two "
-                "studies, or one study and --dictionary with two of its dictionaries."
+                f"Studies: {1 + (self.other is not None)}, dictionaries: {len(names)}: these cannot be compared. Name two "
+                f"studies, or one and two of its dictionaries: difflex compare {self.study} --dictionary SITE/LABEL SITE/LABEL. "
+                f"difflex status {self.study} lists them."
             )
         if self.other is None:
             study = Study.open(self.study)
-            first, second = map(study.find_dictionary, self.dictionary)
+            first, second = map(study.find_dictionary, names)
             print(describe_dictionaries(read_facts(study), first, second))
             return []
         check_output(self.out)

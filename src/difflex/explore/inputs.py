@@ -125,7 +125,7 @@ def _located(study: Study) -> str:
     """Return where the model of a study is: a folder may be named relative to a folder above the study, where it was made."""
     if not Path(study.model).exists():
         for parent in study.folder.resolve().parents:
-            if (parent / study.model).is_dir():
+            if (parent / study.model / "model_index.json").is_file():
                 return str(parent / study.model)
     return study.model
 

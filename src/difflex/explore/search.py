@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from difflex.dictionary_config import fingerprint
@@ -84,9 +86,12 @@ def nothing_found(study: Study, words: Sequence[str], place: DictionaryRef | Non
     if not missing and len(words) > 1:
         return UnknownName(f"No single dictionary has a feature for each of {', '.join(words)}. Name fewer at once.")
     known = [matches for ref in places if (matches := _current_concepts(study, ref)) is not None]
-    names = dict.fromkeys(name for matches in known for name in matches.by_concept)
-    advice = f"difflex search {study.folder} WORDS looks in explanations and captions, too."
-    return UnknownName.among("The feature", (missing or list(words))[0], names, advice)
+    names = dict.fromkeys(name for matches in known for name in (*matches.by_concept, *matches.rare))
+    unknown = (missing or list(words))[0].lower()
+    if not get_close_matches(unknown, names):
+        names |= dict.fromkeys(word for ref in places if _has_book(study, ref) for word in _caption_words(study, ref))
+    advice = f"difflex features {study.folder} lists features by number."
+    return UnknownName.among("The feature", unknown, names, advice)
 
 
 def rarity(study: Study, word: str, place: DictionaryRef | None = None) -> str:
@@ -181,6 +186,13 @@ def _by_captions(ref: DictionaryRef, book: Book, words: str) -> Iterator[FoundFe
         if images >= MIN_IMAGES and specific >= SPECIFIC:
             reason = f"fires in images whose captions say {words.strip()}, {having} of {images}"
             yield FoundFeature(ref, feature, CAPTIONS * specific, reason)
+
+
+def _caption_words(study: Study, ref: DictionaryRef) -> list[str]:
+    """Return the words of the captions in the book of a dictionary, the most frequent first, without the shortest."""
+    with Book.open(study.book(*ref)) as book:
+        counts = Counter(word for row in book.captions() for word in re.findall(r"\w{3,}", row.caption.lower()))
+    return [word for word, _ in counts.most_common()]
 
 
 def _overlap(wanted: frozenset[str], others: frozenset[str]) -> float:

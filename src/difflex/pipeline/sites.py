@@ -17,7 +17,7 @@ from difflex.pipeline.calls import CallTracker, DenoiserCall
 from difflex.pipeline.families import BlockPattern, Family
 from difflex.records import STREAMS, Half, HookContext, Kind, Site, Stream
 
-ADVICE = "`sites` lists them; a full module path works too."
+ADVICE = "`difflex sites MODEL`, in Python `model.sites()`, lists them; a full module path works too."
 
 SiteFunction = Callable[[Float[Tensor, "batch token width"], HookContext], Float[Tensor, "batch token width"] | None]
 """Reads the activations of a site; the tensor that it returns, if any, replaces them."""
