@@ -18,6 +18,7 @@ import pytest
 from changed_book import change_book
 from image_views import MODEL, book, code
 from PIL import Image
+from sample_study import write_matches
 
 from difflex.cli import main
 from difflex.commands.explain import ExplainCommand
@@ -98,6 +99,28 @@ def test_features_are_explained_and_scores_are_printed_and_saved(study: Study, c
     [method] = scores["methods"]
     assert method["accuracy"]["size"] == 5 and sum(method["histogram"]) == 5 == method["histogram"][18]
     assert method["biases"][0]["surface"] == "none" and method["backend"] == MODEL and method["protocol"] == "heldout"
+
+
+def test_features_are_named_by_words_of_one_study_and_dictionary(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_matches(study, f"{SITE}/topk", (0.9, 0.8, 0.7, 0.6))
+    add_book(study, "itda", begin_study(tmp_path / "other").folder / "scratch")
+    with RuleServer() as server:
+        assert main(explain_words(study, server, "--feature", "red", "3,4")) == 0
+        output = capsys.readouterr().out
+        assert f"red: feature 1 of {SITE}/topk (detects red, AP 0.90)" in output and "itda" not in output
+        for more, message in (
+            (["--feature", "rde"], "'rde' is unknown; nearest: red"),
+            (["--feature", "red", "--dictionary", f"{SITE}/topk", f"{SITE}/itda"], "Name one of them with --dictionary"),
+            (["--feature", "red", "--site", str(SITE)], "in each of 2 dictionaries"),
+        ):
+            assert main(explain_words(study, server, *more)) == 2
+            assert message in capsys.readouterr().err
+    assert main(["explain", str(study.folder), str(tmp_path / "other"), "--feature", "red"]) == 2
+    assert "Words name features of one study" in capsys.readouterr().err
+    with Book.open(study.book(SITE, "topk")) as opened:
+        assert {row.feature for row in opened.explanations()} == {1, 3, 4}
 
 
 def test_two_protocols_and_two_dictionaries_are_compared(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

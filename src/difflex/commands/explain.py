@@ -1,5 +1,6 @@
 """`difflex explain`: explain features in words with a VLM, and measure how true the explanations are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, final
@@ -7,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ProtocolName
-from difflex.commands.flags import COUNT, SEED, Features, VLMCommand
+from difflex.commands.flags import COUNT, SEED, FeatureNames, VLMCommand
+from difflex.commands.inputs import named_features
 from difflex.errors import BadInput
 from difflex.study import Study
 
@@ -36,8 +38,8 @@ class ExplainCommand(VLMCommand):
     """Images to judge: ones that the explainer never saw, and near misses; or those of arXiv 2505.24360."""
     random_features: Annotated[int, COUNT] = 100
     """Number of random features of each dictionary."""
-    feature: Annotated[Features, arg(help_behavior_hint="(default: random ones)")] = ()
-    """Explain these features instead."""
+    feature: Annotated[FeatureNames, arg(help_behavior_hint="(default: random ones)")] = ()
+    """Explain these features instead: numbers, or words that `difflex search` finds each by."""
     judged_images: Annotated[int, COUNT] = 10
     """Images to judge for each feature; half of them are of other features."""
     negatives: Literal["uniform", "frequency"] = "uniform"
@@ -54,10 +56,14 @@ class ExplainCommand(VLMCommand):
     def __call__(self) -> list[Path]:
         from difflex import explanation
 
+        if not self.studies:
+            raise BadInput("No study was named. Name one or more: difflex explain STUDY.")
+        studies, policy = [Study.open(folder) for folder in self.studies], self.request_policy()
+        dictionaries, features = self._named(studies)
         config = explanation.ExplainConfig(
-            sites=self.site,
-            dictionaries=self.dictionary,
-            features=self.feature,
+            sites=() if dictionaries else self.site,
+            dictionaries=dictionaries or self.dictionary,
+            features=features,
             random_features=self.random_features,
             protocol=explanation.ExplanationProtocol(
                 name=self.protocol,
@@ -69,10 +75,7 @@ class ExplainCommand(VLMCommand):
             ),
             connections=self.connections,
         )
-        if not self.studies:
-            raise BadInput("No study was named. Name one or more: difflex explain STUDY.")
         self.check_endpoint(self.vlm)
-        studies, policy = [Study.open(folder) for folder in self.studies], self.request_policy()
         if self.dry_run:
             explanation.dry_run_studies(studies, config, self._backend, policy, print)
             return []
@@ -82,6 +85,21 @@ class ExplainCommand(VLMCommand):
         for path in paths:
             comparison.save(path)
         return paths
+
+    def _named(self, studies: Sequence[Study]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Return the numbers of the features, and the dictionary in which words name them; none where they are all numbers."""
+        if all(name.isdecimal() for name in self.feature):
+            return (), tuple(map(int, self.feature))
+        if len(studies) > 1:
+            raise BadInput("Words name features of one study. Name one study, or give the numbers of the features.")
+        chosen = studies[0].select_dictionaries(self.site, self.dictionary) if self.site or self.dictionary else ()
+        if len(chosen) > 1:
+            raise BadInput(
+                f"{', '.join(self.feature)} may be other features in each of {len(chosen)} dictionaries. Name one of them with "
+                f"--dictionary: {', '.join(map(str, chosen))}."
+            )
+        place, features = named_features(studies[0], self.feature, str(chosen[0]) if chosen else None)
+        return (str(place),), features
 
     def _backend(self) -> "VLMBackend":
         from difflex.explanation.backends import KnownConceptsBackend

@@ -221,9 +221,6 @@ Pixels = Annotated[tuple[int, int] | None, _flag(_pixels, "HEIGHTxWIDTH", lambda
 """Height and width of an image."""
 Numbers = Annotated[tuple[int, ...], numbers(LARGEST)]
 """Whole numbers above 0, with commas or spaces between them."""
-_features = lambda words: tuple(_limited(int, part, 0, LARGEST) for part in _parts(words))  # noqa: E731
-Features = Annotated[tuple[int, ...], _flag(_features, "FEATURE...", _with_commas, many=True)]
-"""Numbers of features, from 0 on."""
 FeatureName = Annotated[str, _flag(lambda words: (_feature_names(words) or ("",))[0], "FEATURE", str)]
 """The number of a feature, or words that `difflex search` finds it by."""
 FeatureNames = Annotated[tuple[str, ...], _flag(_feature_names, "FEATURE...", ",".join, many=True)]
