@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ from difflex.evaluation.concepts.matching import FeatureMethod, principal_axes, 
 from difflex.evaluation.concepts.probe import LinearProbe, probe_tokens
 from difflex.evaluation.concepts.results import DETECTED, FINDABLE
 from difflex.pipeline import Pipeline
+from difflex.pipeline.profile import config_site_rows
 from difflex.records import ActivationBatch, Codes, Site
 from difflex.store import Store
 from difflex.training import FitConfig, TrainingConfig, default, fit
@@ -48,6 +49,8 @@ PYTHON = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 NOISE, STEPS, BATCH, RIDGE = 0.5, 4, 1024, 1e-3
 PART = 8192
 """Tokens encoded at once."""
+GATED_PENALTY = 1.0
+"""At which about as many features of a gated SAE fire at a token as k."""
 WANTED, BEST_SITE, LEAD = 0.8, 0.6, 0.1
 """Bars: share of findable concepts found over all sites, and at the best site; lead over the best peer's default."""
 OURS = "topk, smooth"
@@ -138,13 +141,21 @@ def grown(pursuit: PursuitName) -> Make:
     return make
 
 
-def peer(name: str, python: Path) -> Make:
-    """Return the method of a library's own SAE, trained in a process of its own on standardised batches of the same tokens."""
+def peer(name: str, python: Path, *, predicts: bool = False, **options: Any) -> Make:
+    """Return the method of a library's own SAE, trained in a process of its own on standardised batches of the same tokens.
+
+    One that predicts the next site gets the tokens of that beside its own.
+    """
 
     def make(task: Task) -> FeatureMethod:
-        begin = {"world": {"store": str(task.store.folder)}, "width": task.store.width, "batch": BATCH, "standardise": True}
+        stores, tokens = [task.store.folder], task.labelled.values
+        if predicts:
+            stores.append(task.store.folder.parent / following(task.recipe.model, task.store.site).folder)
+            tokens = torch.cat([tokens, torch.zeros_like(tokens)], dim=1)
+        world = {"stores": list(map(str, stores))}
+        begin = {"world": world, "width": task.store.width, "batch": BATCH, "standardise": True, **options}
         with tempfile.TemporaryDirectory() as folder, start_learners([name], python) as learners:
-            save_file({"x": task.labelled.values.contiguous()}, f"{folder}/tokens")
+            save_file({"x": tokens.contiguous()}, f"{folder}/tokens")
             learners[name].begin(**begin, size=task.recipe.size, k=task.recipe.k, updates=task.updates)
             learners[name].update(count=task.updates)
             learners[name].codes(tokens=f"{folder}/tokens", path=f"{folder}/codes")
@@ -158,6 +169,13 @@ def _of_codes(task: Task, name: str, values: Tensor, indices: Tensor) -> Feature
     """Return a method with known codes of the labelled tokens, which it is asked for in order."""
     parts = iter(zip(values.split(PART), indices.split(PART), strict=True))
     return FeatureMethod(site=task.store.site, label=name, size=task.recipe.size, encode=lambda x: Codes(*next(parts)))
+
+
+@cache
+def following(model: str, site: Site) -> Site:
+    """Return the site after a block's, read in the same way."""
+    paths = [row.site.path for row in config_site_rows(model) if row.site.stream == "image"]
+    return replace(site, path=paths[paths.index(site.path) + 1])
 
 
 def methods(python: Path, full: bool) -> dict[str, Make]:
@@ -178,8 +196,13 @@ def methods(python: Path, full: bool) -> dict[str, Make]:
             "itda, gradient": grown("gradient"),
             "itda, matching": grown("matching"),
         }
-    others = PEERS if full else PEERS[:1]
-    return ours | ({name: peer(name, python) for name in others} if python.exists() else {}) | floors
+    others = {name: peer(name, python) for name in (PEERS if full else PEERS[:1])}
+    if full:
+        others |= {
+            "gated (dictionary_learning)": peer("gated", python, penalty=GATED_PENALTY),
+            "transcoder (sparsify)": peer("transcoder", python, predicts=True),
+        }
+    return ours | (others if python.exists() else {}) | floors
 
 
 def scored(task: Task, name: str, make: Make) -> Score:
@@ -214,7 +237,9 @@ class Activations:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self._recipe, self._folder = recipe, folder
         self.sites = [name + view for name in recipe.sites for view in VIEWS.values()]
-        words = ["harvest", recipe.model, "--site", *self.sites, "--prompts", "captions", "--steps", str(STEPS), "--batch", "32"]
+        read = dict.fromkeys(self.sites)  # and those that transcoders predict
+        read |= dict.fromkeys(str(following(recipe.model, Site.parse(site))) for site in self.sites)
+        words = ["harvest", recipe.model, "--site", *read, "--prompts", "captions", "--steps", str(STEPS), "--batch", "32"]
         assert command([*words, "--tokens", str(recipe.tokens), "--out", str(folder / "study")]) == 0
         file = folder / f"labelled-{recipe.images}.pt"
         if not file.exists():

@@ -70,7 +70,7 @@ def harvested(folder: Path, tokens: int) -> Path:
 def mini(names: list[str], python: Path, store: Path, tokens: int) -> list[Line]:
     """Train on mini-flux: size 4,096, k 32."""
     print(f"  mini-flux, {tokens:,} tokens")
-    begin = {"world": {"store": str(store)}, "width": 192, "size": 4096, "k": 32, "batch": 1024, "standardise": True}
+    begin = {"world": {"stores": [str(store)]}, "width": 192, "size": 4096, "k": 32, "batch": 1024, "standardise": True}
     qualities = train_all(names, python, begin, tokens // 1024)
     ours, best = qualities.pop("ours"), min((quality["fvu"] for quality in qualities.values()), default=1.0)
     return [

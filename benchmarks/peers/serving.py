@@ -59,19 +59,25 @@ def status(name: str) -> int:
 
 
 class Stored:
-    """Activations of a study, as a world to learn."""
+    """Activations of a study, as a world to learn: of one site, or of several of the same harvest, side by side."""
 
-    def __init__(self, folder: str) -> None:
-        self._store = Store.open(folder)
+    def __init__(self, *folders: str) -> None:
+        self._stores = [Store.open(folder) for folder in folders]
 
-    def batches(self, size: int) -> Iterator[ActivationBatch]:
+    def batches(self, size: int) -> Iterator[torch.Tensor]:
         """Endless batches of the training split."""
-        return self._store.batches(size, epochs=None)
+        return self._beside(*(store.batches(size, epochs=None) for store in self._stores))
 
     def unseen(self) -> Iterator[torch.Tensor]:
         """Tokens that were held out."""
-        for rows in islice(self._store.batches(8192, split="held-out"), UNSEEN // 8192):
-            yield rows.values.float()
+        return islice(self._beside(*(store.batches(8192, split="held-out") for store in self._stores)), UNSEEN // 8192)
+
+    @staticmethod
+    def _beside(*streams: Iterator[ActivationBatch]) -> Iterator[torch.Tensor]:
+        for batches in zip(*streams, strict=True):
+            first, *others = batches
+            assert all(torch.equal(first.shots, other.shots) and torch.equal(first.tokens, other.tokens) for other in others)
+            yield torch.cat([rows.values.float() for rows in batches], dim=1)
 
 
 class Server:
@@ -85,7 +91,7 @@ class Server:
     ) -> dict:
         """Make the learner. With `cycle`, few batches are made beforehand and used in turn, so that only learning is timed."""
         self._device = torch.device(device)
-        self._world = Stored(world["store"]) if "store" in world else PlantedDictionary(width=width, **world)
+        self._world = Stored(*world["stores"]) if "stores" in world else PlantedDictionary(width=width, **world)
         self._batch, self._k, self._shift, self._scale = batch, k, 0.0, 1.0
         if more.pop("standardise", False):
             first = torch.cat([x for _, x in zip(range(10), self._fresh(), strict=False)])
@@ -161,8 +167,9 @@ class Server:
         return {}
 
     def _fresh(self) -> Iterator[torch.Tensor]:
-        batches = (rows.values.to(self._device, torch.float32) for rows in self._world.batches(self._batch))
-        return ((x - self._shift) / self._scale for x in batches)
+        world = self._world
+        batches = world.batches(self._batch) if isinstance(world, Stored) else (x.values for x in world.batches(self._batch))
+        return ((x.to(self._device, torch.float32) - self._shift) / self._scale for x in batches)
 
     def _unseen(self) -> Iterator[torch.Tensor]:
         if isinstance(self._world, PlantedDictionary):
