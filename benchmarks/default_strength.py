@@ -6,7 +6,8 @@ image. Each image has the default strength of `difflex steer`, which is measured
 concepts 60 % of images show the concept, and under 5 % of all images are broken: their loss is 1.5 times that of the unedited
 image or more, or of all else that captions state and the judge read correctly before, less than half is still right.
 
---full judges 16 images of each concept in place of 4. --study FOLDER uses a study with a matched dictionary, such as the demo.
+--full judges 16 images of each concept in place of 4. --study FOLDER uses a study with a matched dictionary, such as the demo,
+and --site another site of it.
 """
 
 import argparse
@@ -49,11 +50,11 @@ class Outcome(NamedTuple):
     broken: Sequence[bool]
 
 
-def make_study(folder: Path) -> None:
+def make_study(folder: Path, site: str) -> None:
     """Train a dictionary as the demo does, and match it to known concepts."""
-    HarvestCommand(model=MODEL, site=(SITE,), prompts="captions", tokens=200_000, steps=4, out=folder)()
-    TrainCommand(study=folder, site=(SITE,), k=(32,), size=(2048,), tokens=400_000)()
-    ConceptsCommand(studies=(folder,), images=1200, noise=(0.5,), no_baselines=True)()
+    HarvestCommand(model=MODEL, site=(site,), prompts="captions", tokens=200_000, steps=4, out=folder)()
+    TrainCommand(study=folder, site=(site,), k=(32,), size=(2048,), tokens=400_000)()
+    ConceptsCommand(studies=(folder,), images=600, held_out=0.5, noise=(0.5,), no_baselines=True)()
 
 
 def judge(
@@ -82,10 +83,10 @@ def judge(
     return Outcome(concept, strengths, sum(verdict.shows for verdict in after) / trials, broken)
 
 
-def measure(folder: Path, trials: int) -> list[Outcome]:
+def measure(folder: Path, site: str, trials: int) -> list[Outcome]:
     """Return the outcomes of all concepts of one dictionary, and print each."""
     study = Study.open(folder)
-    places = [ref for ref in study.dictionaries() if str(ref.site) == SITE and ref.label.startswith("topk")]
+    places = [ref for ref in study.dictionaries() if str(ref.site) == site and ref.label.startswith("topk")]
     place = places[-1]
     detected = DetectedConcepts.read(study, place)
     assert detected is not None, "difflex concepts was not run"
@@ -113,13 +114,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="judge 16 images of each concept in place of 4")
     parser.add_argument("--study", type=Path, help="a study of mini-flux with a matched dictionary of double.2:smooth")
+    parser.add_argument("--site", default=SITE, help="the site of the dictionary")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.study or Path(scratch) / "study"
         if arguments.study is None:
-            make_study(folder)
-        outcomes = measure(folder, 16 if arguments.full else 4)
+            make_study(folder, arguments.site)
+        outcomes = measure(folder, arguments.site, 16 if arguments.full else 4)
     success = statistics.median(outcome.success for outcome in outcomes)
     broken = statistics.fmean(is_broken for outcome in outcomes for is_broken in outcome.broken)
     met = success >= SUCCESS and broken < BROKEN_SHARE
