@@ -338,6 +338,18 @@ def test_a_dictionary_that_was_matched_again_on_more_images_stays_and_is_marked(
     assert "topk-1024-k16 (5,000 images)" in {match.name for match in facts.matches}
 
 
+def test_dictionaries_that_are_all_matched_again_stay_whatever_their_baselines_were_measured_on(tmp_path: Path):
+    study = full_study(tmp_path)
+    trained = [match.name for match in read_facts(study).matches if match.is_trained]
+    again = [ConceptsConfig(images=600, held_out=0.5, noise=(0.25, 0.5)), ConceptsConfig(noise=(0.9,))]
+    for config, expected in zip(again, (0, len(read_facts(study).matches) - len(trained)), strict=True):
+        for name in trained:
+            write_matches(study, f"double.1/{name}", (0.9, 0.8, 0.7, 0.6), inputs={"config": config})
+        facts = read_facts(study)
+        assert trained == [match.name for match in facts.matches if match.is_trained]
+        assert len(facts.problems) == expected
+
+
 def test_values_that_are_unknown_are_counted_and_not_drawn(tmp_path: Path):
     study = new_study(tmp_path)
     write_evaluation(study, "double.1/topk-512-k8", fvu=None)

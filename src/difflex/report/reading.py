@@ -220,21 +220,25 @@ class _StudyReader:
 
 
 def _comparable(matches: Iterable[MatchFacts], problems: list[str]) -> list[MatchFacts]:
-    """Return the matches of each block that were measured in the same way as most of them, on as many images or another number.
+    """Return the matches of each block that were measured in the same way as most of its dictionaries.
 
-    Those on another number are marked with it: matching one dictionary again on more images leaves it in the figures.
+    They may be of other images in number or held-out share, and are marked with those: a dictionary that is matched again with
+    more images stays in the figures.
     """
     comparable: list[MatchFacts] = []
     for path, candidates in group_by(matches, lambda match: match.path).items():
-        settings = Counter(match.settings for match in candidates if not match.untrained)
+        trained = [match for match in candidates if match.is_trained]
+        settings = Counter(match.settings for match in trained or candidates if not match.untrained)
         if not settings:
             continue  # matches of a control alone compare with nothing
         usual, _ = settings.most_common(1)[0]
         for match in candidates:
             if match.settings == usual:
                 comparable.append(match)
-            elif match.settings and usual and _same_but_for_count(match.settings, usual):
-                comparable.append(replace(match, note=f"{match.settings[1].images:,} images"))
+            elif match.settings and usual and _same_but_for_images(match.settings, usual):
+                config = match.settings[1]
+                share = "" if config.held_out == usual[1].held_out else f", {config.held_out:.0%} held out"
+                comparable.append(replace(match, note=f"{config.images:,} images{share}"))
             else:
                 problems.append(
                     f"{path}: {match.name} was matched to other images, or at other noise levels, than the others there, so the "
@@ -243,9 +247,10 @@ def _comparable(matches: Iterable[MatchFacts], problems: list[str]) -> list[Matc
     return comparable
 
 
-def _same_but_for_count(settings: tuple[str, ConceptsConfig], usual: tuple[str, ConceptsConfig]) -> bool:
-    """Return whether two settings of matches differ in the number of images alone."""
-    return settings[0] == usual[0] and replace(settings[1], images=usual[1].images) == usual[1]
+def _same_but_for_images(settings: tuple[str, ConceptsConfig], usual: tuple[str, ConceptsConfig]) -> bool:
+    """Return whether two settings of matches differ in the number of images and the share held out alone."""
+    same = replace(settings[1], images=usual[1].images, held_out=usual[1].held_out) == usual[1]
+    return settings[0] == usual[0] and same
 
 
 def _coverage_from_file(results: SteeringResults) -> dict[str, GroupCoverage]:
