@@ -77,6 +77,47 @@ def test_the_same_command_again_adds_nothing_and_more_tokens_are_added(model: Pa
     assert contents(tmp_path / "twice") == contents(tmp_path / "once")
 
 
+def test_more_seeds_are_added_after_those_that_are_stored(
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "steps"
+    assert harvest(model, prompts, folder, "--seeds", "2:4") == 0
+    before = Store.open(folder / "activations" / "double.1")
+    stored = [before.shot(number) for number in range(before.count() // before.tokens)]
+    assert harvest(model, prompts, folder, "--seeds", "2:5") == 0
+    assert "The seeds 4:5 are added to 2:4" in capsys.readouterr().out
+    with monkeypatch.context() as killed:
+        killed.setattr("difflex.store.recorder.SiteRecorder.add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert harvest(model, prompts, folder, "--seeds", "2:7") == 130
+    assert harvest(model, prompts, folder, "--seeds", "2:7") == 0
+    after = Store.open(folder / "activations" / "double.1")
+    shots = [after.shot(number) for number in range((after.count() + after.count("held-out")) // after.tokens)]
+    assert shots[: len(stored)] == stored and {shot.seed for shot in shots} == {2, 3, 4, 5, 6}
+    assert [shot.seed for shot in shots[2 * len(shots) // 5 :: len(shots) // 5]] == [4, 5, 6]
+    assert harvest(model, prompts, tmp_path / "once", "--seeds", "2:4") == 0
+    assert harvest(model, prompts, tmp_path / "once", "--seeds", "2:7") == 0
+    assert contents(folder) == contents(tmp_path / "once")
+
+
+@pytest.mark.filterwarnings("ignore:.*are longer than the 24 tokens")
+@pytest.mark.parametrize(
+    ("prompts_flag", "seeds", "message"),
+    [
+        (None, "1:3", "was begun with the seeds 0:2, not 1:3. Give them again, or add others after them, as in --seeds 0:4"),
+        (None, "0:1", "was begun with the seeds 0:2, not 0:1"),
+        ("captions", "0:3", "Seeds are added where the prompts are a file. Add --tokens instead"),
+    ],
+)
+def test_seeds_that_cannot_be_added_are_refused_with_what_can(
+    model: Path, prompts: Path, tmp_path: Path, prompts_flag: str, seeds: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    flags = ["--site", "double.0", "--tokens", "300"]
+    assert harvest(model, Path(prompts_flag or prompts), tmp_path / "study", *flags, "--seeds", "0:2") == 0
+    before = contents(tmp_path / "study")
+    assert harvest(model, Path(prompts_flag or prompts), tmp_path / "study", *flags, "--seeds", seeds) == 2
+    assert message in capsys.readouterr().err and contents(tmp_path / "study") == before
+
+
 def test_torchrun_shares_the_shots_and_yields_the_same_rows(model: Path, prompts: Path, tmp_path: Path):
     assert harvest(model, prompts, tmp_path / "one") == 0
     flags = ["--prompts", str(prompts), "--out", str(tmp_path / "two"), "--pixels", "16x24", "--batch", "4", "--site", *SITES]

@@ -80,14 +80,23 @@ class HarvestCommand(ModelCommand):
         config.check_folder(Study(folder=self.out, model="").activations, self.site)  # before minutes of loading
         pipe = self.load(self.out)
         study, settings = Study.open_or_plan(self.out, pipe.name, pipe.revision), harvest_settings(pipe, self._wishes())
-        shots, source = study_shots(pipe, settings, prompts)
+        sites, begun = pipe.expand(self.site), study.stores()
+        shots, source = study_shots(pipe, settings, prompts, [begun[site] for site in sites if site in begun])
+        self._print_added(source)
         harvest, config = partial(pipe.harvest, progress=False), replace(config, source=source)
         begin = partial(study.keep_settings, settings)
-        stores = record(study.activations, shots, pipe.expand(self.site), harvest, config, before_writing=begin)
+        stores = record(study.activations, shots, sites, harvest, config, before_writing=begin)
         for store in stores:
             state = "complete" if store.complete else "the share of this process is done"
             print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
         return [store.folder for store in stores]
+
+    def _print_added(self, source: str) -> None:
+        """Print which seeds are added to those in the `source` of a harvest that was begun."""
+        begun = source.rpartition(" ")[2]
+        if begun != f"{self.seeds.start}:{self.seeds.stop}":
+            first = begun.partition(":")[2]
+            print(f"The seeds {first}:{self.seeds.stop} are added to {begun}: all prompts with one of them, then with the next.")
 
     def _wishes(self) -> StudySettings:
         """Return what the flags say about the settings of the study."""

@@ -6,11 +6,13 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from difflex.dictionary_config import fingerprint
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.features import Book
 from difflex.files import file_sha256
 from difflex.records import Shot
@@ -81,13 +83,40 @@ def harvest_settings(pipe: Pipeline, wishes: StudySettings) -> StudySettings:
     )
 
 
-def study_shots(pipe: Pipeline, settings: StudySettings, prompts: PromptSource) -> tuple[Iterator[Shot], str]:
-    """Return the shots of a study's harvest, from the first one on, and what identifies their prompts and seeds."""
-    seeds = range(*settings.seeds)
-    kept = None if settings.keep_steps is None else range(*settings.keep_steps)
-    order = "in order" if settings.shuffle is None else f"shuffled by {settings.shuffle}"
-    shots = pipe.shots(prompts.texts, seeds, settings.steps, kept, settings.pixels, settings.guidance)
-    return shots, f"{prompts.source} {order}, seeds {seeds.start}:{seeds.stop}"
+def study_shots(
+    pipe: Pipeline, settings: StudySettings, prompts: PromptSource, stores: Iterable[Path] = ()
+) -> tuple[Iterator[Shot], str]:
+    """Return the shots of a study's harvest, from the first one on, and what identifies their prompts and seeds.
+
+    The seeds with which one of `stores` was begun come first, with all prompts; then the others, each with all prompts. So more
+    seeds add to what is stored.
+    """
+    seeds, kept = range(*settings.seeds), None if settings.keep_steps is None else range(*settings.keep_steps)
+    origin = f"{prompts.source} {'in order' if settings.shuffle is None else f'shuffled by {settings.shuffle}'}"
+    begun = _begun_seeds(stores, origin, seeds)
+    added = range(begun.stop, seeds.stop)
+    texts = list(prompts.texts) if added else prompts.texts
+    shots = partial(pipe.shots, steps=settings.steps, keep_steps=kept, pixels=settings.pixels, guidance=settings.guidance)
+    later = chain.from_iterable(shots(texts, range(seed, seed + 1)) for seed in added)
+    return chain(shots(texts, begun), later), f"{origin}, seeds {begun.start}:{begun.stop}"
+
+
+def _begun_seeds(stores: Iterable[Path], origin: str, seeds: range) -> range:
+    """Return the seeds with which one of `stores` was begun with the prompts `origin`; `seeds` if none was."""
+    from difflex.store import Store
+
+    for folder in stores:
+        match = re.fullmatch(r"(.*), seeds (\d+):(\d+)", Store.begun_source(folder) or "")
+        if match is None or match[1] != origin or (begun := range(int(match[2]), int(match[3]))) == seeds:
+            continue  # other prompts are noticed where they are stored
+        problem = f"{folder} was begun with the seeds {begun.start}:{begun.stop}, not {seeds.start}:{seeds.stop}."
+        if begun.start != seeds.start or begun.stop > seeds.stop:
+            more = f"{begun.start}:{begun.stop + len(seeds)}"
+            raise StaleWork(f"{problem} Give them again, or add others after them, as in --seeds {more}.", folder)
+        if not origin.startswith("sha256:"):
+            raise StaleWork(f"{problem} Seeds are added where the prompts are a file. Add --tokens instead.", folder)
+        return begun
+    return seeds
 
 
 def harvested_settings(study: Study) -> StudySettings:

@@ -69,6 +69,12 @@ class Store:
             check_size(shard, shard.stat().st_size, sizes(entry.shots))
         return store
 
+    @staticmethod
+    def begun_source(folder: Path) -> str | None:
+        """Return where the shots of the store in `folder` come from; None unless it is begun and its manifest intact."""
+        manifest = Manifest.read_if_intact(folder)
+        return manifest.head.source if manifest and manifest.shards else None
+
     @cached_property
     def _basis(self) -> QuantisationBasis | None:
         return self._manifest.head.read_basis(self.folder)
