@@ -7,8 +7,8 @@ from sample_study import CONCEPTS, new_study, write_book, write_dictionary, writ
 
 from difflex.cli import main
 from difflex.errors import BadInput, UnknownName
-from difflex.evaluation.concepts import Concept
-from difflex.explore.search import resolve_features, search
+from difflex.evaluation.concepts import Concept, ConceptsConfig
+from difflex.explore.search import rarity, resolve_features, search
 from difflex.study import Study
 
 NAME, OTHER = "double.1/topk-12-k4", "double.2/topk-12-k4"
@@ -79,8 +79,22 @@ def test_names_are_resolved_in_the_one_dictionary_that_fits_them_best(study: Stu
 
 
 def test_a_concept_left_out_as_rare_says_how_to_match_it(study: Study):
-    with pytest.raises(UnknownName, match=r"Left out because too rare in 9 images; run difflex concepts .* --images 1000"):
+    with pytest.raises(
+        UnknownName, match=r"Left out because too rare in 9 images; run difflex concepts .* --site double.1 --images 1000"
+    ):
         resolve_features(study, ["orange"])
+
+
+def test_the_command_for_a_rare_concept_repeats_the_present_settings(tmp_path: Path):
+    study = new_study(tmp_path)
+    write_dictionary(study, NAME)
+    config = ConceptsConfig(images=600, noise=(0.5,), pixels=(64, 128), empty_prompts=True, held_out=0.5)
+    write_matches(study, NAME, (0.9, 0.3, 0.7, 0.6), inputs={"config": config}, levels=(0.5,), rare=(RARE,), per_concept=1)
+    flags = "--site double.1 --images 2000 --held-out 0.5 --noise 0.5 --pixels 64x128 --empty-prompts"
+    assert rarity(study, "orange") == f"Left out because too rare in 600 images; run difflex concepts {tmp_path} {flags}."
+    inputs = {"config": config, "images": "folder 123"}
+    write_matches(study, NAME, (0.9, 0.3, 0.7, 0.6), inputs=inputs, levels=(0.5,), rare=(RARE,), per_concept=1)
+    assert "add images that show it to the folder, then run difflex concepts" in rarity(study, "orange")
 
 
 def test_a_word_that_nothing_fits_names_the_nearest_concepts(study: Study):

@@ -280,7 +280,8 @@ def _removal(forecast: Forecast, command: RemovalCommand) -> CostEstimate:
         ]
     concepts = [len(CONCEPTS[group]) for group in command.groups]
     settings = len(command.features) * len(command.strength)
-    tried = 0.6 * settings if settings > 1 else 0  # about as many settings are tried before one is good enough
+    # About as many settings are tried before one is good enough, of important features and of those matched to the concept.
+    tried = 2 * (0.6 * settings if settings > 1 else 1)
     plain = sum(concepts) * (command.selection_images + command.tuning_images + command.images)
     edited = len(sets) * sum(2 * count * (tried * command.tuning_images + command.images) for count in concepts)
     estimate = _edited(forecast, command, [pair for together in sets for pair in together], plain + edited, scaled=False)

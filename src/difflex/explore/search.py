@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -27,6 +28,15 @@ SPECIFIC, CAPTIONS = 0.25, 0.5
 where in the image the feature fires."""
 CLEAR = 0.25
 """Score from which a result without a concept of that name stands for a word."""
+USUAL = {
+    "held_out": 0.1,
+    "noise": [0.25, 0.5, 0.75],
+    "pixels": None,
+    "empty_prompts": False,
+    "present_above": 0.5,
+    "absent_below": 0.0,
+}
+"""The settings that `difflex concepts` has without flags."""
 MORE = 3
 """How many times as many images to match a concept again that was too rare, before they are rounded to thousands."""
 
@@ -101,9 +111,22 @@ def rarity(study: Study, word: str, place: DictionaryRef | None = None) -> str:
         return ""
     for matches in known:
         if any(_stems(name) == _stems(word) for name in matches.rare):
-            more = -(-MORE * matches.images // 1000) * 1000
-            return f"Left out because too rare in {matches.images:,} images; run difflex concepts {study.folder} --images {more}."
+            return f"Left out because too rare in {matches.images:,} images; {_more_images(study, matches)}."
     return ""
+
+
+def _more_images(study: Study, matches: DetectedConcepts) -> str:
+    """Return the command that matches concepts as before on more images."""
+    command = ["difflex", "concepts", str(study.folder), "--site", str(matches.site)]
+    if not matches.are_drawn:
+        return f"add images that show it to the folder, then run {shlex.join(command)} --folder FOLDER"
+    command += ["--images", str(-(-MORE * matches.images // 1000) * 1000)]
+    for name, usual in USUAL.items():
+        if (value := matches.settings.get(name, usual)) != usual:
+            words = "x" if name == "pixels" else ","
+            text = [words.join(map(str, value))] if isinstance(value, list) else [] if value is True else [str(value)]
+            command += [f"--{name.replace('_', '-')}", *text]
+    return f"run {shlex.join(command)}"
 
 
 def _searchable(study: Study, place: DictionaryRef | None) -> list[DictionaryRef]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from difflex.dictionary_config import fingerprint
 from difflex.files import parsing, read_json
+from difflex.records import Site
 from difflex.study import DictionaryRef, Study
 
 __all__ = ["BestConcept", "DetectedConcepts", "DetectingFeature"]
@@ -35,6 +36,7 @@ class DetectingFeature(NamedTuple):
 class DetectedConcepts(NamedTuple):
     """Which concepts the features of a dictionary detect."""
 
+    site: Site
     by_feature: Mapping[int, BestConcept]
     """The best concept of each feature, over all noise levels."""
     by_concept: Mapping[str, DetectingFeature]
@@ -43,6 +45,10 @@ class DetectedConcepts(NamedTuple):
     """Concepts that were left out because too few images show them."""
     images: int
     """Number of labelled images."""
+    settings: Mapping[str, Any]
+    """How they were labelled and matched."""
+    are_drawn: bool
+    """Whether the images are of the drawn world."""
     is_current: bool
     """Whether the dictionary is the one that was matched."""
 
@@ -58,10 +64,13 @@ class DetectedConcepts(NamedTuple):
             columns = zip(*(entries["features"][column] for column in ("features", "concepts", "ap")), strict=True)
             results = max((level["results"] for level in entries["levels"]), key=_count_findable, default=[])
             return cls(
+                site=ref.site,
                 by_feature={int(feature): BestConcept(names[concept], float(ap)) for feature, concept, ap in columns},
                 by_concept={result["concept"][0]: _detector(result["best"]) for result in results},
                 rare=tuple(name for name, _ in entries["rare_concepts"]),
                 images=int(inputs["config"]["images"]) if inputs else 0,
+                settings=inputs["config"] if inputs else {},
+                are_drawn=str(inputs.get("images", "")).startswith("drawn"),
                 is_current=inputs.get("fingerprint") in (None, fingerprint(study.dictionary(*ref))),
             )
 
