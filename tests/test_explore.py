@@ -12,9 +12,12 @@ from sample_study import new_study, write_book, write_dictionary, write_matches
 import difflex
 from difflex.cli import main
 from difflex.errors import DifflexError
+from difflex.evaluation.concepts import Concept
+from difflex.evaluation.concepts.results import ConceptMatches
 from difflex.explore.activations import SiteActivations
 from difflex.explore.dictionary import Feature, FeatureDictionary
 from difflex.explore.model import Model
+from difflex.explore.tables import ConceptTable
 from difflex.testing import tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -128,6 +131,22 @@ def test_an_edited_image_is_shown_beside_the_unedited_one(model: Model, feature:
     assert f"2 images of 16 x 24 pixels by {model.name}, feature {feature.number} x 4" in repr(images)
 
 
+def test_the_same_image_under_several_edits_is_a_strip(model: Model, feature: Feature, tmp_path: Path):
+    strip = model.compare(["a star", "a dot"], [feature * 2, [feature * 4]], seed=3)
+    assert [images.edits for images in strip] == [f"feature {feature.number} x 2", f"feature {feature.number} x 4"]
+    assert pixels(strip[0].unedited[1]) == pixels(model.generate("a dot", seed=4)[0]) and len(strip[1]) == 2
+    assert strip.grid().width > strip[1].grid().width and strip._repr_html_().count("<img") == 1
+    assert strip.save(tmp_path / "strip.png").is_file() and "under other edits: feature" in repr(strip)
+    assert model.compare("a star", {"weak": feature * 1, "steps": (feature * 1).at(steps=(0, 1))}).titles == ["weak", "steps"]
+    assert "no images" in model.compare("a star", [])._repr_html_()
+
+
+def test_marked_images_of_a_feature_show_themselves(feature: Feature):
+    blue = feature.images(3, style="blue")
+    assert blue._repr_html_().count("<img") == 3 and repr(blue) == "<3 images>"
+    assert [image.tobytes() for image in blue] != [image.tobytes() for image in feature.images(3)]
+
+
 def test_features_are_edited_by_arithmetic(model: Model, feature: Feature, activations: SiteActivations):
     other = difflex.train_sae(activations, size=20, k=3, batch=128).feature(3)
     both = feature * 2 + -other
@@ -135,6 +154,7 @@ def test_features_are_edited_by_arithmetic(model: Model, feature: Feature, activ
     assert [edit.strength for edit in (both * 0.5).edits] == [1.0, -0.5] and len((0 + both).edits) == 2
     [left, _] = both.at(region=(0, 0, 0.5, 1), steps=(0, 1)).edits
     assert left.region == (0, 0, 0.5, 1) and left.steps == (0, 1)
+    assert str(feature.edit(3.0, region=(0, 0, 1, 1), steps=(0, 2))) == f"feature {feature.number} x 3 in a region, steps 0:2"
     assert feature.edit(operation="ablate").edits[0].operation == "ablate"
     assert 0 < feature.edit().edits[0].strength == feature.stats.strength
     edited = {pixels(model.generate("a star", edits=edits)[0]) for edits in (both, [feature * 2, -other], feature, ())}
@@ -148,6 +168,13 @@ def test_a_study_in_a_folder_is_open_to_commands_and_resumes(model: Model, tmp_p
     capsys.readouterr()
     assert main(["features", str(out)]) == 0 and "of 24 features" in capsys.readouterr().out
     study = difflex.open_study(out)
+    study.collect()
+    assert capsys.readouterr().out == ""  # there is a book
+    study.collect(4)
+    assert "Making the book of double.1/topk-24-k4: where features fire in 4 images" in capsys.readouterr().out
+    evaluations = study.evaluate(shots=0)
+    assert evaluations["double.1/topk-24-k4"].size == 24 and "topk-24-k4" in repr(evaluations)
+    assert "<th" in evaluations._repr_html_() and "FVU" in evaluations._repr_html_()
     assert study.dictionary("double.1/topk-24-k4").feature(3).number == 3
     assert [each.name for each in study.dictionaries] == ["double.1/topk-24-k4"] and len(study.activations(SITE)) == 576
     assert study.search("zebra") == [] and "topk-24-k4" in repr(study) and "topk-24-k4" in study._repr_html_()
@@ -198,6 +225,7 @@ MISTAKES: dict[str, tuple[Callable[[Objects], object], str]] = {
     "not activations": (lambda at: difflex.train_sae([1, 2]), "trained on the activations of one site, not on"),  # pyright: ignore
     "feature out of range": (lambda at: at[2].feature(24), "has no feature 24: they are numbered from 0 to 23"),
     "not an edit": (lambda at: at[0].generate("a star", edits=[3]), "3 is not an edit. Give features"),  # pyright: ignore
+    "sum of no features": (lambda at: at[0].generate("a star", edits=sum([])), "0 is not an edit. Give features"),  # pyright: ignore
     "region": (lambda at: (at[2].feature(1) * 1).at(region=(0, 1)), "is not a region. Write"),  # pyright: ignore
     "nothing found": (lambda at: at[2].search("zebra")[0], "No feature fits 'zebra'. Try another word"),
     "no words": (lambda at: at[2].search(" "), "nothing to search for"),
@@ -224,3 +252,32 @@ def test_every_family_is_harvested_trained_and_steered_alike(family: str, tmp_pa
     sae = difflex.train_sae(model.activations(PROMPTS, site, progress=False), size=24, k=4, batch=64)
     assert sae.feature(1)._repr_html_()
     assert model.generate("a star", edits=sae.feature(1) * 2).unedited[0].shot.prompt == "a star"
+
+
+def test_dictionaries_are_compared_by_concept(tmp_path: Path):
+    study, names = new_study(tmp_path), ("double.1/topk-12-k4", "double.2/topk-12-k4")
+    for name, aps in zip(names, ((0.9, 0.2, 0.7, 0.6), (0.5, 0.8, 0.1, 0.1)), strict=True):
+        write_dictionary(study, name)
+        write_matches(study, name, aps, rare=(Concept("orange", "colour"),))
+    dictionaries = difflex.open_study(tmp_path).dictionaries
+    table = ConceptTable({each: ConceptMatches.load(study.concepts(*each.ref)) for each in dictionaries})
+    assert table.concepts == {"colour": ["red", "blue"], "shape": ["star", "ring"]}
+    assert [(each.dictionary.name, each.reason) for each in table["blue"]] == [
+        (names[1], "detects blue, AP 0.80"),
+        (names[0], "detects blue, AP 0.20"),
+    ]
+    html = table._repr_html_()
+    assert (
+        "<b>0.65</b></td>" in html and "double.1<" in html and "4 concepts" in html and "Too rare in these images: orange" in html
+    )
+    assert "0.55" in repr(table).splitlines()[1]
+    with pytest.raises(DifflexError, match=r"'orange' is unknown.*Too rare in these images: orange"):
+        table["orange"]
+
+
+def test_a_search_for_a_matched_concept_needs_no_book(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study, name = new_study(tmp_path), "double.1/topk-12-k4"
+    write_dictionary(study, name)
+    write_matches(study, name, (0.9, 0.2, 0.7, 0.6))
+    assert difflex.open_study(tmp_path).dictionary(name).search("red")[0].reason == "detects red, AP 0.90"
+    assert capsys.readouterr().out == ""

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import SupportsIndex, final, overload
 
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from difflex.choices import HighlightStyle, Operation, Unit
 from difflex.dictionaries import Dictionary
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import UnknownName
 from difflex.evaluation import Evaluation
 from difflex.explore.display import Tile, caption, facts, gallery, heading, table
 from difflex.explore.edits import Editing, FeatureEdits, Half, Region, read_region
+from difflex.explore.images import Pictures
 from difflex.explore.search import FoundFeature, search
 from difflex.explore.workspace import Workspace
 from difflex.features import Book, overlaid
@@ -87,11 +87,15 @@ class FeatureDictionary:
     def search(self, words: str, limit: int = 10) -> Features:
         """Return the features that fit `words`, best first, by concepts, explanations and the captions of their top images.
 
-        A dictionary without a book gets one first, which takes the model some time.
+        A dictionary without a book gets one first, which takes the model some time, unless a known concept fits.
         """
-        if not self.workspace.has_book(self.ref):
-            self.workspace.collect(self.ref)
-        return found_features(self.workspace, search(self.workspace.study, words, self.ref, limit), words)
+        has_book, found = self.workspace.has_book(self.ref), list[FoundFeature]()
+        if has_book or self.workspace.concepts(self.ref) is not None:
+            found = search(self.workspace.study, words, self.ref, limit)
+        if not found and not has_book:
+            self.workspace.collect([self.ref])
+            found = search(self.workspace.study, words, self.ref, limit)
+        return found_features(self.workspace, found, words)
 
     def feature(self, number: int) -> Feature:
         """Return a feature by its number."""
@@ -101,13 +105,11 @@ class FeatureDictionary:
 
     def collect(self, images: int | None = None) -> None:
         """Find where the features fire, in the first `images` of the prompts of its activations (by default 200, or 100)."""
-        if images is not None and (not fits(int, images) or images < 1):
-            raise BadInput(f"A book of {shown(images)} images is not possible. Use 1 or more.")
-        self.workspace.collect(self.ref, images)
+        self.workspace.collect([self.ref], images)
 
     def evaluate(self, tokens: int = 1_000_000, shots: int = 32) -> Evaluation:
         """Measure reconstruction and sparsity on held-out tokens and, at `shots`, the effect on the model (0 for none)."""
-        return self.workspace.evaluate(self.ref, tokens, shots)
+        return self.workspace.evaluate([self.ref], tokens, shots)[self.ref]
 
     def save(self, folder: Path | str) -> Path:
         """Write the dictionary to a folder, without its study, and return the folder; `difflex.Dictionary.load` reads it."""
@@ -192,9 +194,9 @@ class Feature(Editing):
         with self.dictionary.workspace.book(self.dictionary.ref) as book:
             return sorted(book.examples(self.number, "top"), key=lambda example: -example.peak)
 
-    def images(self, limit: int = TOP, style: HighlightStyle = "outline") -> list[Image.Image]:
-        """Return the images of its strongest examples, each of another prompt or seed, marked where it fires."""
-        return [tile.image for tile in self._tiles(limit, style)]
+    def images(self, limit: int = TOP, style: HighlightStyle = "outline") -> Pictures:
+        """Return the images of its strongest examples, each of another prompt or seed, marked where it fires: outline or blue."""
+        return Pictures(tile.image for tile in self._tiles(limit, style))
 
     def edit(
         self,

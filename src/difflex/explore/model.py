@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import ParamSpec, final, overload
 from torch import Tensor
 
 from difflex.errors import BadInput, UnknownName
+from difflex.evaluation.concepts import ConceptsConfig
 from difflex.explore.activations import SiteActivations
 from difflex.explore.dictionary import FeatureDictionary, Features, found_features
 from difflex.explore.display import caption, facts, heading, scrolled, table
 from difflex.explore.edits import Editing, FeatureEdits
-from difflex.explore.images import Images
+from difflex.explore.images import ComparedImages, Images
 from difflex.explore.inputs import CAPTIONS, harvest_settings, harvested_settings, load_model, read_prompts, study_shots
 from difflex.explore.search import search
+from difflex.explore.tables import ConceptTable, Evaluations
 from difflex.explore.workspace import Workspace, temporary_folder
 from difflex.files import write_file
 from difflex.pipeline import Pipeline
@@ -137,9 +139,27 @@ class Model(Pipeline):
         generate = partial(super().generate, prompts, seed, steps, pixels, guidance, batch)
         return Images(generate(hooks), description, (lambda: Images(generate())) if description else None)
 
+    def compare(
+        self,
+        prompts: str | Sequence[str],
+        edits: Mapping[str, Edits] | Iterable[Edits],
+        seed: int = 0,
+        steps: int | None = None,
+        pixels: tuple[int, int] | None = None,
+        guidance: float | None = None,
+        batch: int = 16,
+    ) -> ComparedImages:
+        """Generate the images of the same seeds under each of several `edits`, to see them side by side.
+
+        `model.compare("a ring", [s * red for s in (0.5, 1, 2)])` shows a feature at growing strength. A dict names the edits.
+        """
+        several = edits.values() if isinstance(edits, Mapping) else edits
+        columns = [self.generate(prompts, seed, steps, pixels, guidance, batch, each) for each in several]
+        return ComparedImages(columns, [str(name) for name in edits] if isinstance(edits, Mapping) else ())
+
     def _read_edits(self, edits: Edits) -> tuple[list[tuple[Site | str, SiteFunction]], str]:
         """Return edits as functions at sites, and in words."""
-        items = [edits] if isinstance(edits, Editing) else list(edits)
+        items = list(edits) if isinstance(edits, Iterable) else [edits]
         features, hooks = FeatureEdits(()), list[tuple[Site | str, SiteFunction]]()
         for item in items:
             if isinstance(item, Editing):
@@ -211,6 +231,31 @@ class OpenStudy:
     def search(self, words: str, limit: int = 10) -> Features:
         """Return the features of all dictionaries that fit `words`, best first; dictionaries without a book are left out."""
         return found_features(self.workspace, search(self.workspace.study, words, None, limit), words)
+
+    def collect(self, images: int | None = None) -> None:
+        """Make the books of all dictionaries in one pass over the first `images`; by default those that are missing."""
+        refs = self.workspace.study.dictionaries()
+        missing = [ref for ref in refs if images is not None or not self.workspace.has_book(ref)]
+        if missing:
+            self.workspace.collect(missing, images)
+
+    def evaluate(self, tokens: int = 1_000_000, shots: int = 32) -> Evaluations:
+        """Evaluate all dictionaries on held-out tokens and, at `shots`, their effect on the model (0 for none)."""
+        refs = self.workspace.study.dictionaries()
+        return Evaluations({str(ref): each for ref, each in self.workspace.evaluate(refs, tokens, shots).items()})
+
+    def match_concepts(
+        self, images: int = 600, noise: Sequence[float] = (0.5,), held_out: float = 0.5, folder: Path | str | None = None
+    ) -> ConceptTable:
+        """Match all dictionaries to known concepts, in scenes of the drawn world or in a `folder` of labelled images.
+
+        Features are chosen on a part of the images and measured on the share that is `held_out`, at `noise` levels from 0 (the
+        image) to 1 (pure noise). Searches and labels use the matches from then on.
+        """
+        config = ConceptsConfig(images=images, noise=tuple(noise), held_out=held_out)
+        dictionaries = {each.ref: each for each in self.dictionaries}
+        matches = self.workspace.match_concepts([*dictionaries], config, None if folder is None else Path(folder))
+        return ConceptTable({dictionary: matches[ref] for ref, dictionary in dictionaries.items()})
 
     def __repr__(self) -> str:
         names = "".join(f"\n  {ref}" for ref in self.workspace.study.dictionaries())

@@ -11,16 +11,19 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import final
 
-from difflex.errors import DifflexError
+from difflex.errors import BadInput, DifflexError
 from difflex.evaluation import EditedModel, Evaluation, EvaluationConfig, evaluate_study
+from difflex.evaluation.concepts import ConceptsConfig, LabelFolder, drawn_source, match_studies
+from difflex.evaluation.concepts.results import ConceptMatches
 from difflex.explore.inputs import open_book
 from difflex.features import Book, ImageAlbum
 from difflex.features.collecting import CollectConfig, collect_study, stored_source
 from difflex.features.detected import DetectedConcepts
 from difflex.pipeline import Pipeline
-from difflex.records import Shot, Site
+from difflex.records import Activations, Shot, Site
 from difflex.steering import StudyEditor
 from difflex.study import DictionaryRef, Study
+from difflex.values import fits, shown
 
 __all__ = ["Workspace", "temporary_folder"]
 
@@ -29,6 +32,8 @@ SMALL_MODEL = 10**8
 IMAGES = {True: 200, False: 100}
 """Images that a book is made from, for a small model and for others."""
 PREFIX = "difflex-"
+BATCH = 32
+"""Labelled images per forward pass."""
 
 
 @final
@@ -72,24 +77,28 @@ class Workspace:
     def book(self, ref: DictionaryRef) -> Iterator[Book]:
         """Open the book of a dictionary; without one, it is made first."""
         if not self.has_book(ref):
-            self.collect(ref)
+            self.collect([ref])
         with Book.open(self.study.book(*ref)) as book:
             yield book
 
-    def collect(self, ref: DictionaryRef, images: int | None = None) -> None:
-        """Make the book of a dictionary from the first images of its harvest, and say so."""
+    def collect(self, refs: Sequence[DictionaryRef], images: int | None = None) -> None:
+        """Make the books of dictionaries in one pass over the first images of their harvest, and say so."""
+        if images is not None and (not fits(int, images) or images < 1):
+            raise BadInput(f"A book of {shown(images)} images is not possible. Use 1 or more.")
         pipe, stores = self.pipeline, self.study.stores()
         if images is None:
             images = IMAGES[sum(weights.numel() for weights in pipe.denoiser.parameters()) <= SMALL_MODEL]
-        source = stored_source(self.study, [ref], images, None, lambda precision: pipe.harvest_with_images)
-        print(f"Making the book of {ref}: where its features fire in {source.images} images of its prompts.")
+        source = stored_source(self.study, refs, images, None, lambda precision: pipe.harvest_with_images)
+        names = "the book" if len(refs) == 1 else f"{len(refs)} books"
+        print(f"Making {names} of {', '.join(map(str, refs))}: where features fire in {source.images} images of the prompts.")
         collect_study(
             self.study,
-            [ref],
+            refs,
             lambda: source,
             CollectConfig(),
             load=self.editor.dictionary,
             strengths=lambda place: self.editor.default_strengths(place) if place.site in stores else (),
+            most_patches=0,  # nothing here shows the images that ITDA atoms were taken from
         )
 
     def concepts(self, ref: DictionaryRef) -> DetectedConcepts | None:
@@ -97,15 +106,31 @@ class Workspace:
         concepts = DetectedConcepts.read(self.study, ref)
         return concepts if concepts is not None and concepts.is_current else None
 
-    def evaluate(self, ref: DictionaryRef, tokens: int, shots: int) -> Evaluation:
-        """Evaluate a dictionary on held-out tokens, and at `shots` its effect on the model; what is up to date is kept."""
+    def evaluate(self, refs: Sequence[DictionaryRef], tokens: int, shots: int) -> dict[DictionaryRef, Evaluation]:
+        """Evaluate dictionaries on held-out tokens, and at `shots` their effect on the model; what is up to date is kept."""
 
         def edited_model(site: Site, shots: Sequence[Shot]) -> EditedModel:
             return EditedModel(partial(self.pipeline.predictions, shots, site), partial(self.pipeline.images, shots, site))
 
-        config = EvaluationConfig(dictionaries=(str(ref),), tokens=tokens, shots=shots)
-        [result] = evaluate_study(self.study, config, edited_model).values()
-        return result.evaluation
+        config = EvaluationConfig(dictionaries=tuple(map(str, refs)), tokens=tokens, shots=shots)
+        return {ref: result.evaluation for ref, result in evaluate_study(self.study, config, edited_model).items()}
+
+    def match_concepts(
+        self, refs: Sequence[DictionaryRef], config: ConceptsConfig, folder: Path | None
+    ) -> dict[DictionaryRef, ConceptMatches]:
+        """Match dictionaries to the concepts of drawn scenes, or of a folder of labelled images; what is up to date is kept."""
+        pixels = self.study.settings.pixels or next(self.pipeline.shots("")).pixels
+        images = config.images
+        source = drawn_source(images, pixels) if folder is None else LabelFolder.open(folder).source(images, None)
+
+        def harvest_at(site: Site) -> Callable[..., Iterator[Activations]]:
+            return lambda images, prompts, names: self.pipeline.harvest_images(
+                images, config.noise, site, prompts, names, batch=BATCH, held_out=config.held_out, progress=False
+            )
+
+        names = [str(ref) for ref in refs]
+        stored = match_studies([self.study], source, lambda study: harvest_at, config, dictionaries=names, baselines=False)
+        return {DictionaryRef(matches.site, matches.label): matches for matches, *_ in stored}
 
     def describe_folder(self) -> str:
         """Return where the study is, in words."""

@@ -194,7 +194,7 @@ def _describe(recorders: Sequence[SiteRecorder], total: int) -> str:
         head, rows = recorder.head, total * recorder.head.tokens
         lines.append(
             f"{recorder.site}: {rows:,} rows of width {head.width} in {head.dtype}, {format_size(rows * head.form.row_bytes)} in "
-            f"{shards} shard{'s' * (shards > 1)}; {recorder.rows:,} rows are stored already"
+            f"{shards} shard{'s' * (shards > 1)}" + (f"; {recorder.rows:,} rows are stored already" if recorder.rows else "")
         )
     return "\n".join(lines)
 
