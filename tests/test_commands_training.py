@@ -1,6 +1,8 @@
 """`difflex train`, `itda` and `neurons`: from a harvested study to dictionaries in it."""
 
+import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from difflex.cli import main
-from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
+from difflex.commands.training import GrowthBar, ItdaCommand, NeuronsCommand, TrainCommand
 from difflex.dictionaries import ITDA, SAE, Dictionary, Neurons
 from difflex.errors import BrokenFile, NonFinite, OutOfMemory, StaleWork
 from difflex.evaluation import Evaluation
@@ -18,6 +20,7 @@ from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Study
 from difflex.testing import tiny_folder
+from difflex.training.itda import GrowthInterval, GrowthProgress, GrowthWork
 
 SITE = Site("double.1")
 UPDATE = Path("dictionaries") / "double.1+update"
@@ -392,3 +395,19 @@ def test_impossible_live_trainings_are_explained(study: Path, capsys: pytest.Cap
     assert run("train", str(study), *given, *flags) == 2
     assert words in capsys.readouterr().err
     assert not list(study.rglob("state.safetensors"))
+
+
+def test_a_growth_at_several_sites_is_shown_in_percent_of_all_of_it(monkeypatch: pytest.MonkeyPatch):
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    monkeypatch.setattr("difflex.progress.EVERY", 1e-9)
+    monkeypatch.setattr("difflex.commands.training.EVERY", 0.0)
+    with GrowthBar(3) as bar:
+        bar.end_site()  # nothing to grow there
+        for share in (0.2, 0.6):
+            work = lambda share=share: GrowthWork(share, 1 - share)  # noqa: E731
+            bar.show(GrowthProgress(0.3, 1, GrowthInterval(500, 9, 40), 1000, work))
+        bar.end_site()
+        bar.show(GrowthProgress(0.25, 0, GrowthInterval(500, 9, 60), 1000, lambda: GrowthWork(1, 1)))
+    shown = re.findall(r"growing: (\S+) of 100% in .* to go, .*", log.getvalue())
+    assert shown[-3:] == ["30.0", "75.0", "100"] and "pass 2, threshold 0.3, 40 atoms" in log.getvalue()

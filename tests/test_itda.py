@@ -1,6 +1,7 @@
 """ITDA: atoms are data, no atom is added without need, and no growth is lost by a kill."""
 
 import json
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +29,10 @@ from difflex.errors import BadInput, BrokenFile, NonFinite, OutOfMemory, StaleWo
 from difflex.files import folder_lock
 from difflex.records import ActivationBatch, Shot, Site
 from difflex.store.reading import SplitBatches
-from difflex.training.itda import GrowthData, GrowthInterval, expected_over_threshold, grow
+from difflex.training.itda import GrowthData, GrowthInterval, GrowthWork, expected_over_threshold, grow
 from difflex.training.itda import grower as grower_module
 from difflex.training.itda.grower import AtomGrower
-from difflex.training.itda.state import HoldOut
+from difflex.training.itda.state import HoldOut, ThresholdTrial, expected_work, is_settled, next_threshold
 
 WIDTH, BATCH, TOKENS = 16, 64, 1024
 ORIGIN = DictionaryOrigin(site=Site("double.18"), model="mini-flux")
@@ -211,6 +212,53 @@ def test_growth_ends_at_the_size_limit_or_when_nothing_new_comes(tmp_path: Path)
     same = source(batches=lambda start: (rows(0) for _ in range(start, 1000)), tokens=10**6)
     grow({tmp_path / "idle": growth(patience=200)}, same, origin=ORIGIN, on_progress=reports.append)
     assert reports[-1].interval.tokens == 5 * BATCH  # the batch that brings the atoms, then 4 that bring none: over 200 tokens
+
+
+def test_the_work_of_a_growth_is_foreseen_and_adds_up(tmp_path: Path):
+    reports: list[GrowthWork] = []
+    growths = {tmp_path / str(size): growth(size=size, threshold=None) for size in (20, 40)}
+    grow(growths, source(), origin=ORIGIN, on_progress=lambda progress: reports.append(progress.work()))
+    done = [report.done for report in reports]
+    assert done == sorted(done) and done[0] > 0 and all(report.expected >= 0 for report in reports)
+    assert reports[-1].expected < 0.05 * done[-1]
+
+
+# Sizes that mini-flux's double.2:smooth gave (k 16, 100,000 tokens), by threshold.
+SIZES = {0.3: 301, 0.15: 1329, 0.1337: 1688, 0.1269: 1878, 0.1217: 2048}
+
+
+def true_size(threshold: float) -> float:
+    """The size at a threshold, between those measured by a power of it."""
+    near = sorted(SIZES, key=lambda known: abs(math.log(known / threshold)))[:2]
+    exponent = math.log(SIZES[near[0]] / SIZES[near[1]]) / math.log(near[1] / near[0])
+    return SIZES[near[0]] * (near[0] / threshold) ** exponent
+
+
+@pytest.mark.parametrize("size", [400, 1000, 2048])
+def test_a_threshold_is_found_in_three_passes_and_foreseen_from_the_first_tenth_on(size: int):
+    tokens, trials, forecasts = 100_000, list[ThresholdTrial](), list[GrowthWork]()
+    config = GrowthConfig(size=size, threshold=None, holdout=0)
+    while not is_settled(trials, size):
+        threshold, curve = next_threshold(trials, size), list[GrowthInterval]()
+        for now in range(1000, tokens + 1, 1000):
+            curve.append(GrowthInterval(now, 0, min(size, round(true_size(threshold) * (now / tokens) ** 0.6))))
+            forecasts.append(expected_work(config, tokens, trials, threshold, curve))
+            if curve[-1].size == size:
+                break
+        trials.append(ThresholdTrial(threshold, curve[-1].size, curve[-1].tokens / tokens))
+    total = forecasts[-1].done
+    assert len(trials) <= 3
+    assert all(abs(sum(work) / total - 1) < 0.3 for work in forecasts if work.done > 0.1 * total)
+
+
+def test_the_work_of_a_pass_with_a_threshold_is_that_of_its_tokens():
+    curve = [GrowthInterval(1000, 0, 100), GrowthInterval(2000, 0, 151)]
+    config = GrowthConfig(size=4096, threshold=0.3)
+    work = expected_work(config, 20_000, (), 0.3, curve)
+    assert work.done / sum(work) == pytest.approx(0.1, rel=0.3)
+    full = expected_work(replace(config, size=151), 20_000, (), 0.3, curve)
+    assert full.expected == pytest.approx(10_000, rel=0.2), "the hold-out is measured on 1,000 tokens, a tenth of those to come"
+    assert expected_work(config, 20_000, (), 0.3, ()).expected > 20_000
 
 
 def test_restricted_growth_adds_only_the_worst_explained_tokens():

@@ -1,6 +1,7 @@
 """`difflex train`, `itda` and `neurons`: dictionaries from stored activations."""
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, final
@@ -11,6 +12,7 @@ from difflex.choices import NormalisationMethod, PursuitName, SAEKind
 from difflex.commands.flags import BATCH, COUNT, POSITIVE, SEED, TOKENS, Numbers, Shares, StudyImagesCommand, number
 from difflex.errors import BadInput
 from difflex.files import parsing
+from difflex.progress import ProgressBar
 from difflex.study import Command, CommandRecord, CommandStatus, Study
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ ALL_TOKENS = "(default: all training tokens, once)"
 MOVE_AWAY = "Move the dictionary away (it is not deleted), then give the same command again."
 HARVEST_BATCH = 16
 """Images that the model of a live training makes at a time."""
-PRINT_EVERY = 10.0
-"""Seconds between two lines about the progress."""
+EVERY = 1.0
+"""Seconds between two forecasts of a growth."""
 
 
 @final
@@ -227,36 +229,46 @@ class ItdaCommand(Command):
             tokens=self.tokens,
             seed=self.seed,
         )
-        study = Study.open(self.study)
-        return [
-            folder
-            for site in self.site
-            for folder in grow_sweep(study, site, config, on_progress=ProgressPrinter(), on_grown=_print_itda)
-        ]
+        study, folders = Study.open(self.study), list[Path]()
+        with GrowthBar(len(self.site)) as bar:
+            for site in self.site:
+                folders += grow_sweep(study, site, config, on_progress=bar.show, on_grown=_print_itda)
+                bar.end_site()
+        return folders
 
 
 @final
-class ProgressPrinter:
-    """Prints the progress of a growth every few seconds."""
+class GrowthBar(AbstractContextManager["GrowthBar"]):
+    """A progress bar of the growth of dictionaries at one site after another, in percent of the expected work."""
 
-    def __init__(self) -> None:
-        self._began = self._printed = time.monotonic()
+    def __init__(self, sites: int) -> None:
+        self._sites, self._ended, self._site_began = sites, 0, False
+        self._bar: ProgressBar | None = None
+        self._seen = 0.0
 
-    def __call__(self, progress: "GrowthProgress") -> None:
-        """Print a line if the last one is old enough."""
-        now = time.monotonic()
-        if now - self._printed < PRINT_EVERY:
+    def show(self, progress: "GrowthProgress") -> None:
+        """Show the progress of a dictionary, at most once a second."""
+        if time.monotonic() - self._seen < EVERY:
             return
-        self._printed = now
-        interval = progress.interval
-        speed = interval.tokens / (now - self._began)
-        seconds = max(0.0, progress.tokens - interval.tokens) / max(speed, 1e-9)
+        self._seen, self._site_began = time.monotonic(), True
+        done, expected = progress.work()
+        percent = 100 * (self._ended + done / (done + expected)) / self._sites
+        if self._bar is None:
+            options: dict[str, Any] = {"unit": "%", "unit_scale": True, "desc": "growing", "smoothing": 0, "miniters": 0}
+            self._bar = ProgressBar(total=100, initial=percent, **options)
         search = f"pass {progress.passes + 1}, " if progress.passes else ""
-        print(
-            f"threshold {progress.threshold:.3g}: {search}{interval.tokens:,} of {progress.tokens:,} tokens, "
-            f"{interval.size:,} atoms, {speed:,.0f} tokens/s, {seconds / 60:.1f} minutes left",
-            flush=True,
-        )
+        self._bar.set_postfix_str(f"{search}threshold {progress.threshold:.3g}, {progress.interval.size:,} atoms")
+        self._bar.update(percent - self._bar.n)
+
+    def end_site(self) -> None:
+        """Go on to the next site; one at which all was grown before takes no time."""
+        self._ended, self._sites = self._ended + self._site_began, self._sites - (not self._site_began)
+        self._site_began = False
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.update(0 if kind else 100 - self._bar.n)
+            self._bar.close()
 
 
 def _print_itda(folder: Path, itda: "ITDA") -> None:
@@ -265,7 +277,7 @@ def _print_itda(folder: Path, itda: "ITDA") -> None:
         expected = training["expected_over_threshold"]
         new_images = "" if expected is None else f"; about {expected:.1%} of the tokens of new images are expected to be over it"
         over = f"{itda.size:,} atoms over threshold {training['threshold']:.4g}"
-        print(f"{folder}: {over} from {training['tokens']:,} tokens{new_images}.")
+        ProgressBar.write(f"{folder}: {over} from {training['tokens']:,} tokens{new_images}.")
 
 
 @final

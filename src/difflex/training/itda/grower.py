@@ -23,12 +23,10 @@ from difflex.dictionaries.pursuit import (
 from difflex.dictionaries.sparse import sparse_matmul
 from difflex.distributed import Ranks
 from difflex.records import ActivationBatch
-from difflex.training.itda.state import GrowthInterval
+from difflex.training.itda.state import ENOUGH_HOLDOUT, GrowthInterval
 
 SLACK = {torch.float32: 1e-4, torch.float16: 2e-2}
 """A new atom whose correlation is within this share of the picked atom's counts as picked; larger than rounding errors."""
-ENOUGH_HOLDOUT = 1000
-"""Held-out tokens after which the estimate for a full dictionary is precise enough."""
 MAX_COMPARISONS = 1 << 24
 """Numbers in memory at a time when tokens are compared with new atoms."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -28,9 +29,11 @@ from difflex.training.itda.grower import AtomGrower
 from difflex.training.itda.state import (
     GrowthInterval,
     GrowthState,
+    GrowthWork,
     HoldOut,
     ThresholdTrial,
     expected_over_threshold,
+    expected_work,
     is_settled,
     next_threshold,
     thin_curve,
@@ -60,6 +63,8 @@ class GrowthProgress(NamedTuple):
     interval: GrowthInterval
     tokens: int
     """Tokens in a pass."""
+    work: Callable[[], GrowthWork]
+    """Returns the work that was done and is expected of all dictionaries that grow together."""
 
 
 def grow(
@@ -90,7 +95,7 @@ def grow(
         for folder in unfinished if ranks.rank == 0 else ():
             locks.enter_context(folder_lock(folder))
         run = GrowthRun(data, ranks, device, checkpoint_every, on_progress, len(unfinished))
-        members = [GrowthMember(folder, growth, origin, run) for folder, growth in unfinished.items()]
+        members = run.members = [GrowthMember(folder, growth, origin, run) for folder, growth in unfinished.items()]
         while growing := [member for member in members if not member.state.finished]:
             run.run_pass(growing)
         dictionaries |= {member.folder: member.result() for member in members}
@@ -159,6 +164,11 @@ class GrowthRun:
         self._sharing = members * (ranks.world_size if device.type == "cpu" else 1)  # ranks on a CPU share its memory
         self.normalisations: dict[tuple[NormalisationMethod, float | None], Normalisation] = {}
         """By method and clip."""
+        self.members: list[GrowthMember] = []
+
+    def work(self) -> GrowthWork:
+        """Return the work that was done and is expected of all members."""
+        return reduce(GrowthWork.plus, (member.work(self.data.tokens) for member in self.members))
 
     def check_memory(self, growth: GrowthConfig, width: int, backend: PursuitBackend) -> None:
         """Raise an error if all dictionaries of the run, as large as they may become, do not fit the free memory."""
@@ -218,7 +228,7 @@ class GrowthRun:
         member.state.batches += 1
         if self.ranks.rank == 0:
             grower, passes = member.grower, len(member.state.trials)
-            self._on_progress(GrowthProgress(grower.threshold, passes, grower.curve[-1], self.data.tokens))
+            self._on_progress(GrowthProgress(grower.threshold, passes, grower.curve[-1], self.data.tokens, self.work))
 
 
 @final
@@ -269,6 +279,13 @@ class GrowthMember:
     def pass_is_done(self) -> bool:
         """Whether this pass needs no more batches."""
         return self.grower.is_done or self.grower.token_count >= self._run.data.tokens
+
+    def work(self, tokens: int) -> GrowthWork:
+        """Return the work that was done and is expected, in passes over `tokens` tokens."""
+        state = self.state
+        if state.finished:
+            return expected_work(self.growth, tokens, state.trials, state.threshold, ())._replace(expected=0.0)
+        return expected_work(self.growth, tokens, state.trials, state.threshold, self.grower.curve)
 
     def save(self) -> None:
         """Save a checkpoint."""

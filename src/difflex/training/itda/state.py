@@ -39,6 +39,12 @@ NEARLY_FULL = 0.98
 MAX_TRIALS = 12
 SIZE_EXPONENT = 0.6
 """Sizes grow about as this power of the number of tokens: used to extrapolate a pass that was cut short."""
+ENOUGH_HOLDOUT = 1000
+"""Held-out tokens after which the estimate for a full dictionary is precise enough."""
+ATOMS = 1500
+"""Atoms at which the time of a token is twice that without any."""
+THRESHOLD_EXPONENT = 2.1
+"""Sizes fall about as this power of the threshold: used until two thresholds were tried."""
 
 
 class GrowthInterval(NamedTuple):
@@ -69,6 +75,17 @@ class ThresholdTrial(NamedTuple):
     def whole_size(self) -> float:
         """The approximate size after the whole stream."""
         return self.size / self.share**SIZE_EXPONENT
+
+
+class GrowthWork(NamedTuple):
+    """What growing takes, in tokens of a dictionary without atoms."""
+
+    done: float
+    expected: float
+    """What is left to do."""
+
+    def plus(self, other: GrowthWork) -> GrowthWork:
+        return GrowthWork(self.done + other.done, self.expected + other.expected)
 
 
 @dataclass(kw_only=True)
@@ -234,19 +251,80 @@ def is_settled(trials: Sequence[ThresholdTrial], size: int) -> bool:
 
 def next_threshold(trials: Sequence[ThresholdTrial], size: int) -> float:
     """Return the next threshold to try, between the closest ones that gave too many and too few atoms."""
-    many = max((trial for trial in trials if trial.whole_size >= size), default=None)
-    few = min((trial for trial in trials if trial.whole_size < size), default=None)
-    if many is None and few is None:
+    if not trials:
         return FIRST_THRESHOLD
+    many = max((trial.threshold for trial in trials if trial.whole_size >= size), default=None)
+    few = min((trial.threshold for trial in trials if trial.whole_size < size), default=None)
+    # Aim for slightly more atoms than fit, to fill the dictionary.
+    near, exponent = _size_law(trials, size)
+    guess = near.threshold * (near.whole_size / (1.02 * size)) ** (1 / exponent)
     if few is None:
         assert many is not None
-        return many.threshold + 0.5 * (1 - many.threshold)
+        return min(guess, many + 0.5 * (1 - many))
     if many is None:
-        return few.threshold / 2
-    # Sizes fall about exponentially with the threshold. Aim for slightly more atoms than fit, to fill the dictionary.
-    high, low = math.log(many.whole_size), math.log(max(1, few.size))
-    step = (high - math.log(1.02 * size)) / max(high - low, 1e-9)
-    return many.threshold + min(max(step, 0.1), 0.9) * (few.threshold - many.threshold)
+        return max(guess, few / 10)
+    return min(max(guess, many + 0.1 * (few - many)), many + 0.9 * (few - many))
+
+
+def _size_law(trials: Sequence[ThresholdTrial], size: int) -> tuple[ThresholdTrial, float]:
+    """Return the trial that came closest to `size`, and the power of the threshold with which sizes fall around it."""
+    near = sorted(trials, key=lambda trial: abs(math.log(max(1.0, trial.whole_size) / size)))
+    # The size of a pass that was cut short early is a guess.
+    whole = [trial for trial in near if trial.share >= 0.5 and trial.threshold != near[0].threshold and trial.size]
+    if not whole or near[0].share < 0.5:
+        return near[0], THRESHOLD_EXPONENT
+    exponent = math.log(whole[0].whole_size / max(1.0, near[0].whole_size)) / math.log(near[0].threshold / whole[0].threshold)
+    return near[0], min(max(exponent, 0.5), 10.0)
+
+
+def expected_work(
+    growth: GrowthConfig, tokens: int, trials: Sequence[ThresholdTrial], threshold: float, curve: Sequence[GrowthInterval]
+) -> GrowthWork:
+    """Return the work that was done and is expected of a growth in passes over `tokens` tokens, of which the last has `curve`.
+
+    Passes to come are predicted by the rules of the search for a threshold, and the sizes that were found.
+    """
+    after_full = round(ENOUGH_HOLDOUT / growth.holdout) if growth.holdout else 0
+    work = lambda trial: _pass_work(trial, tokens, growth.size, after_full)  # noqa: E731
+    done, trials = sum(map(work, trials)), [*trials]
+    if curve:
+        now, size = curve[-1].tokens, max(1, curve[-1].size)
+        full_at = next((interval.tokens for interval in curve if interval.size >= growth.size), None)
+        whole = size * (tokens / (full_at or now)) ** SIZE_EXPONENT
+        trial = _expected_trial(threshold, whole, growth.size)
+        this_pass = now * (1 + size / (1 + SIZE_EXPONENT) / ATOMS)
+        if full_at is not None:
+            this_pass = work(trial._replace(share=full_at / tokens)) - max(0, full_at + after_full - now) * (1 + size / ATOMS)
+        done, left, trials = done + this_pass, max(0.0, work(trial) - this_pass), [*trials, trial]
+    else:
+        left = 0.0 if growth.threshold is None else work(ThresholdTrial(growth.threshold, growth.size, 1.0))
+    while growth.threshold is None and not (trials and is_settled(trials, growth.size)):
+        threshold = next_threshold(trials, growth.size)
+        trials.append(_expected_trial(threshold, _expected_size(trials, threshold, growth.size), growth.size))
+        left += work(trials[-1])
+    return GrowthWork(done, left)
+
+
+def _pass_work(trial: ThresholdTrial, tokens: int, size: int, after_full: int) -> float:
+    """Return the work of a pass that grows to the size of `trial`, and reads `after_full` tokens more if that is full."""
+    until = tokens * trial.share
+    after = min(after_full, tokens - until) if trial.size >= size else 0
+    return until * (1 + trial.size / (1 + SIZE_EXPONENT) / ATOMS) + after * (1 + trial.size / ATOMS)
+
+
+def _expected_trial(threshold: float, whole: float, size: int) -> ThresholdTrial:
+    """Return the pass of a growth whose size would be `whole` after all tokens."""
+    if whole < size:
+        return ThresholdTrial(threshold, max(1, round(whole)), 1.0)
+    return ThresholdTrial(threshold, size, (size / whole) ** (1 / SIZE_EXPONENT))
+
+
+def _expected_size(trials: Sequence[ThresholdTrial], threshold: float, size: int) -> float:
+    """Return the size after all tokens at a threshold."""
+    if not trials:
+        return size
+    near, exponent = _size_law(trials, size)
+    return near.whole_size * (near.threshold / threshold) ** exponent
 
 
 @final
