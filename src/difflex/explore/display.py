@@ -18,6 +18,8 @@ LARGEST = 320
 """The longest side of an image of a gallery in the file; larger ones are reduced."""
 WIDEST = 1600
 """The longest side of a figure in the file."""
+READABLE = 640
+"""Width of a figure on a narrow page, where it scrolls, in pixels."""
 LONGEST = 200
 """Letters of a text in a table."""
 GREY = "opacity:.65;font-size:85%"
@@ -68,8 +70,9 @@ def gallery(tiles: Iterable[Tile]) -> str:
 
 
 def figure(image: Image.Image) -> str:
-    """Return one large image, as wide as the page at most."""
-    return f"<div>{_img(_within(image, WIDEST), 'max-width:100%')}</div>"
+    """Return one large image, as wide as the page at most, but not too small to read; `scrolled` shows the rest."""
+    image = _within(image, WIDEST)
+    return f"<div>{_img(image, f'max-width:100%;min-width:{min(image.width, READABLE)}px', 'auto')}</div>"
 
 
 def scrolled(html: str) -> str:
@@ -89,9 +92,9 @@ def _within(image: Image.Image, side: int) -> Image.Image:
     return image
 
 
-def _img(image: Image.Image, style: str) -> str:
+def _img(image: Image.Image, style: str, rendering: str = "pixelated") -> str:
     """Return the image as an element that holds its file; small images stay sharp when they are enlarged."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "WEBP", quality=85, method=2)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/webp;base64,{data}" style="{style};image-rendering:pixelated" alt="">'
+    return f'<img src="data:image/webp;base64,{data}" style="{style};image-rendering:{rendering}" alt="">'
