@@ -110,6 +110,7 @@ def test_features_are_named_by_words_of_one_study_and_dictionary(
         assert main(explain_words(study, server, "--feature", "red", "3,4")) == 0
         output = capsys.readouterr().out
         assert f"red: feature 1 of {SITE}/topk (detects red, AP 0.90)" in output and "itda" not in output
+        assert f"feature 1 of {SITE}/topk: areas in {code(1)}" in output
         for more, message in (
             (["--feature", "rde"], "'rde' is unknown; nearest: red"),
             (["--feature", "red", "--dictionary", f"{SITE}/topk", f"{SITE}/itda"], "Name one of them with --dictionary"),

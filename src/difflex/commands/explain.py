@@ -9,9 +9,9 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ProtocolName
 from difflex.commands.flags import COUNT, SEED, FeatureNames, VLMCommand
-from difflex.commands.inputs import named_features
+from difflex.commands.inputs import named_features, open_book
 from difflex.errors import BadInput
-from difflex.study import Study
+from difflex.study import DictionaryRef, Study
 
 if TYPE_CHECKING:
     from difflex.explanation.backends import VLMBackend
@@ -81,6 +81,8 @@ class ExplainCommand(VLMCommand):
             return []
         comparison = explanation.explain_studies(studies, config, self._backend, policy, print)
         print(comparison.table)
+        if dictionaries:
+            _print_texts(studies[0], studies[0].find_dictionary(dictionaries[0]), features)
         paths = [study.explanations / "scores.json" for study in studies]
         for path in paths:
             comparison.save(path)
@@ -105,3 +107,11 @@ class ExplainCommand(VLMCommand):
         from difflex.explanation.backends import KnownConceptsBackend
 
         return KnownConceptsBackend.of_drawn_world() if self.vlm == KNOWN else self.backend(self.vlm)
+
+
+def _print_texts(study: Study, place: DictionaryRef, features: Sequence[int]) -> None:
+    """Print the last explanation of each feature."""
+    with open_book(study, place) as book:
+        for feature in features:
+            texts = [explanation.text for explanation in book.explanations(feature) if explanation.state == "done"]
+            print(f"feature {feature} of {place}: {texts[-1] if texts else 'not explained'}")
