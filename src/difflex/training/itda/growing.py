@@ -305,8 +305,9 @@ class GrowthMember:
                 f"All {grower.token_count} tokens are the zero vector once they are normalised, or are held out: no atom can be "
                 "made of them. Harvest more prompts, or choose another normalisation."
             )
-        share = min(1.0, grower.tokens_until_full / self._run.data.tokens) if grower.is_full else 1.0
-        state.trials.append(ThresholdTrial(grower.threshold, grower.size, share))
+        until = grower.tokens_until_full if grower.is_full else grower.token_count
+        share = min(1.0, until / self._run.data.tokens) if grower.is_full else 1.0
+        state.trials.append(ThresholdTrial(grower.threshold, grower.size, share, files.growth_exponent(grower.curve, until)))
         state.finished = self.growth.threshold is not None or is_settled(state.trials, self.growth.size)
         if state.finished:
             self._dictionary = self._make_dictionary()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,13 +33,16 @@ STATE, NORMALISATION = "state.json", "normalisation.safetensors"
 ADVICE = "Move the folder away to grow from the start."
 
 FIRST_THRESHOLD = 0.3
-FILLED_LATE = 0.9
-"""The search for a threshold ends when the dictionary becomes full after at least this share of the stream."""
+FILLED_LATE, AIM = 0.8, 0.9
+"""The search for a threshold ends when the dictionary becomes full after at least this share of the stream; and the share that is
+aimed at, so that it does become full."""
 NEARLY_FULL = 0.98
 """It also ends when the whole stream fills the dictionary to at least this share."""
 MAX_TRIALS = 12
 SIZE_EXPONENT = 0.6
-"""Sizes grow about as this power of the number of tokens: used to extrapolate a pass that was cut short."""
+"""Sizes grow about as this power of the number of tokens at most: where a pass is too short to measure it."""
+SLACK = 0.93
+"""How near to good enough a pass is expected to be that a forecast takes for the last one: it knows sizes by a few percent."""
 ENOUGH_HOLDOUT = 1000
 """Held-out tokens after which the estimate for a full dictionary is precise enough."""
 ATOMS = 1500
@@ -70,11 +74,13 @@ class ThresholdTrial(NamedTuple):
     """Atoms at its end."""
     share: float
     """The share of the stream after which the dictionary was full, or 1."""
+    exponent: float = SIZE_EXPONENT
+    """The power of the number of tokens with which its size grew in the second half of that share."""
 
     @property
     def whole_size(self) -> float:
         """The approximate size after the whole stream."""
-        return self.size / self.share**SIZE_EXPONENT
+        return self.size / self.share**self.exponent
 
 
 class GrowthWork(NamedTuple):
@@ -239,13 +245,13 @@ def _fit_share(points: Sequence[tuple[float, int, int]]) -> float:
     return min(1.0, math.exp(a if b < 0 else constant))
 
 
-def is_settled(trials: Sequence[ThresholdTrial], size: int) -> bool:
-    """Return whether the last trial is good enough, or no better one can be expected."""
+def is_settled(trials: Sequence[ThresholdTrial], size: int, slack: float = 1.0) -> bool:
+    """Return whether the last trial is good enough, or no better one can be expected; a lower `slack` takes more for good."""
     if not trials:
         return False
     last = trials[-1]
-    filled = last.size >= size and last.share >= FILLED_LATE
-    nearly_filled = last.size >= NEARLY_FULL * size and last.share == 1
+    filled = last.size >= size and last.share >= slack * FILLED_LATE
+    nearly_filled = last.size >= slack * NEARLY_FULL * size and last.share == 1
     return filled or nearly_filled or len(trials) == MAX_TRIALS or last.threshold < 1e-3
 
 
@@ -255,15 +261,14 @@ def next_threshold(trials: Sequence[ThresholdTrial], size: int) -> float:
         return FIRST_THRESHOLD
     many = max((trial.threshold for trial in trials if trial.whole_size >= size), default=None)
     few = min((trial.threshold for trial in trials if trial.whole_size < size), default=None)
-    # Aim for slightly more atoms than fit, to fill the dictionary.
     near, exponent = _size_law(trials, size)
-    guess = near.threshold * (near.whole_size / (1.02 * size)) ** (1 / exponent)
+    guess = near.threshold * (near.whole_size * AIM**near.exponent / size) ** (1 / exponent)
     if few is None:
         assert many is not None
         return min(guess, many + 0.5 * (1 - many))
     if many is None:
         return max(guess, few / 10)
-    return min(max(guess, many + 0.1 * (few - many)), many + 0.9 * (few - many))
+    return min(max(guess, many + 0.01 * (few - many)), many + 0.99 * (few - many))
 
 
 def _size_law(trials: Sequence[ThresholdTrial], size: int) -> tuple[ThresholdTrial, float]:
@@ -277,6 +282,15 @@ def _size_law(trials: Sequence[ThresholdTrial], size: int) -> tuple[ThresholdTri
     return near[0], min(max(exponent, 0.5), 10.0)
 
 
+def growth_exponent(curve: Sequence[GrowthInterval], tokens: int) -> float:
+    """Return the power of the number of tokens with which the size grew between half of `tokens` and `tokens`."""
+    end, half = (min(bisect_left(curve, t, key=lambda interval: interval.tokens), len(curve) - 1) for t in (tokens, tokens / 2))
+    if half == end or not curve[half].size:
+        return SIZE_EXPONENT
+    power = math.log(curve[end].size / curve[half].size) / math.log(curve[end].tokens / curve[half].tokens)
+    return min(max(power, 0.05), SIZE_EXPONENT)
+
+
 def expected_work(
     growth: GrowthConfig, tokens: int, trials: Sequence[ThresholdTrial], threshold: float, curve: Sequence[GrowthInterval]
 ) -> GrowthWork:
@@ -286,21 +300,25 @@ def expected_work(
     """
     after_full = round(ENOUGH_HOLDOUT / growth.holdout) if growth.holdout else 0
     work = lambda trial: _pass_work(trial, tokens, growth.size, after_full)  # noqa: E731
-    done, trials = sum(map(work, trials)), [*trials]
+    done, left, trials = sum(map(work, trials)), 0.0, [*trials]
     if curve:
         now, size = curve[-1].tokens, max(1, curve[-1].size)
-        full_at = next((interval.tokens for interval in curve if interval.size >= growth.size), None)
-        whole = size * (tokens / (full_at or now)) ** SIZE_EXPONENT
-        trial = _expected_trial(threshold, whole, growth.size)
-        this_pass = now * (1 + size / (1 + SIZE_EXPONENT) / ATOMS)
-        if full_at is not None:
-            this_pass = work(trial._replace(share=full_at / tokens)) - max(0, full_at + after_full - now) * (1 + size / ATOMS)
+        full_at = curve[bisect_left(curve, growth.size, key=lambda interval: interval.size)].tokens if size >= growth.size else 0
+        exponent = growth_exponent(curve, full_at or now)
+        whole = size * (tokens / (full_at or now)) ** exponent
+        if trials and not full_at:  # early in a pass, other passes tell more
+            whole = whole ** (weight := (now / tokens) ** 2) * _expected_size(trials, threshold, growth.size) ** (1 - weight)
+        trial = _expected_trial(threshold, whole, growth.size, exponent)
+        this_pass = now * (1 + size / (1 + exponent) / ATOMS)
+        if full_at:
+            this_pass = work(trial) - max(0, min(tokens, full_at + after_full) - now) * (1 + size / ATOMS)
         done, left, trials = done + this_pass, max(0.0, work(trial) - this_pass), [*trials, trial]
-    else:
-        left = 0.0 if growth.threshold is None else work(ThresholdTrial(growth.threshold, growth.size, 1.0))
-    while growth.threshold is None and not (trials and is_settled(trials, growth.size)):
+    elif growth.threshold is not None:
+        left = work(ThresholdTrial(growth.threshold, growth.size, 1.0))
+    while growth.threshold is None and not is_settled(trials, growth.size, SLACK):
         threshold = next_threshold(trials, growth.size)
-        trials.append(_expected_trial(threshold, _expected_size(trials, threshold, growth.size), growth.size))
+        exponent = trials[-1].exponent if trials else SIZE_EXPONENT
+        trials.append(_expected_trial(threshold, _expected_size(trials, threshold, growth.size), growth.size, exponent))
         left += work(trials[-1])
     return GrowthWork(done, left)
 
@@ -309,14 +327,14 @@ def _pass_work(trial: ThresholdTrial, tokens: int, size: int, after_full: int) -
     """Return the work of a pass that grows to the size of `trial`, and reads `after_full` tokens more if that is full."""
     until = tokens * trial.share
     after = min(after_full, tokens - until) if trial.size >= size else 0
-    return until * (1 + trial.size / (1 + SIZE_EXPONENT) / ATOMS) + after * (1 + trial.size / ATOMS)
+    return until * (1 + trial.size / (1 + trial.exponent) / ATOMS) + after * (1 + trial.size / ATOMS)
 
 
-def _expected_trial(threshold: float, whole: float, size: int) -> ThresholdTrial:
+def _expected_trial(threshold: float, whole: float, size: int, exponent: float) -> ThresholdTrial:
     """Return the pass of a growth whose size would be `whole` after all tokens."""
     if whole < size:
-        return ThresholdTrial(threshold, max(1, round(whole)), 1.0)
-    return ThresholdTrial(threshold, size, (size / whole) ** (1 / SIZE_EXPONENT))
+        return ThresholdTrial(threshold, max(1, round(whole)), 1.0, exponent)
+    return ThresholdTrial(threshold, size, (size / whole) ** (1 / exponent), exponent)
 
 
 def _expected_size(trials: Sequence[ThresholdTrial], threshold: float, size: int) -> float:
