@@ -18,8 +18,8 @@ LARGEST = 320
 """The longest side of an image of a gallery in the file; larger ones are reduced."""
 WIDEST = 1600
 """The longest side of a figure in the file."""
-READABLE = 640
-"""Width of a figure on a narrow page, where it scrolls, in pixels."""
+NARROWED, READABLE = 0.65, 640
+"""On a narrow page a figure shrinks to this share of its width, or to this many pixels if that is less; then it scrolls."""
 LONGEST = 200
 """Letters of a text in a table."""
 GREY = "opacity:.65;font-size:85%"
@@ -72,7 +72,7 @@ def gallery(tiles: Iterable[Tile]) -> str:
 def figure(image: Image.Image) -> str:
     """Return one large image, as wide as the page at most, but not too small to read; `scrolled` shows the rest."""
     image = _within(image, WIDEST)
-    return f"<div>{_img(image, f'max-width:100%;min-width:{min(image.width, READABLE)}px', 'auto')}</div>"
+    return f"<div>{_img(image, f'max-width:100%;min-width:{min(int(NARROWED * image.width), READABLE)}px', 'auto')}</div>"
 
 
 def scrolled(html: str) -> str:
