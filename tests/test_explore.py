@@ -67,6 +67,12 @@ def test_activations_know_where_each_row_is_from(activations: SiteActivations):
     assert "576 rows of width 32" in repr(activations) and "a red star" in activations._repr_html_()
 
 
+def test_more_seeds_add_to_the_activations_in_a_folder(model: Model, tmp_path: Path):
+    rows = len(model.activations(PROMPTS, SITE, out=tmp_path / "study", progress=False))
+    more = model.activations(PROMPTS, SITE, seeds=range(3), out=tmp_path / "study", progress=False)
+    assert len(more) == 3 * rows and {more.shot(number).seed for number in range(6 * len(PROMPTS))} == {0, 1, 2}
+
+
 def test_a_study_without_a_folder_is_gone_with_its_objects(model: Model):
     activations = model.activations(["a star"], ["double.0", "single.*"], steps=1, progress=False)
     assert list(activations) == ["double.0", "single.0", "single.1", "single.2"]

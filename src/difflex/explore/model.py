@@ -113,7 +113,8 @@ class Model(Pipeline):
         source = read_prompts(settings.prompts or CAPTIONS, None)
         if source.is_endless and tokens is None:
             raise BadInput(f"The {CAPTIONS} are endless: say how many tokens to store, as in tokens=200_000.")
-        shots, identity = study_shots(self, settings, source)
+        begun = [folder for place, folder in study.stores().items() if place in sites]
+        shots, identity = study_shots(self, settings, source, begun)
         config = RecordingConfig(tokens=tokens, batch=batch, source=identity, progress=progress)
         begin = partial(study.keep_settings, settings)
         record(study.activations, shots, sites, partial(self.harvest, progress=False), config, before_writing=begin)
