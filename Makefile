@@ -8,7 +8,7 @@ READY := .venv/ready
 SHAPES := --jaxtyping-packages='difflex,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style check attack docs bench peers
+.PHONY: help demo serve test style check attack docs bench peers
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -25,7 +25,10 @@ demo: $(READY)  ## install, then generate images with the embedded model and stu
 		--seeds 0:6 --steps 4 --out demo/contact-sheet.png
 	@echo "demo: studying mini-flux: harvest activations, train dictionaries, evaluate and explain them (minutes the first time)"
 	@$(BIN)/python -m difflex run mini --out demo
-	@echo "demo: open demo/report.html in a browser"
+	@echo "demo: open demo/report.html in a browser, or look at all features with: make serve"
+
+serve: $(READY)  ## open the study of the demo in the browser
+	@$(BIN)/python -m difflex serve demo --open
 
 test: $(READY)  ## install, then run the tests
 	@echo "test: running the tests (CPU only, no network)"

@@ -81,6 +81,7 @@ ARROWS: dict[str, set[str]] = {
         "store",
         "study",
     },
+    "web": {*GROUND, "_version", "explore", "features", "study"},
     "difflex": {
         *GROUND,
         "dictionaries",
@@ -110,6 +111,7 @@ ARROWS: dict[str, set[str]] = {
         "store",
         "study",
         "training",
+        "web",
     },
     "recipes": {"choices", "commands", "errors", "pipeline", "records", "study"},
     "cli": {"errors", "study", "commands"},
@@ -184,6 +186,7 @@ LIGHT = {
     "sqlite",
     "study",
     "tables",
+    "web",
 }
 
 # Outside package -> the stations where it is at home.
@@ -210,24 +213,28 @@ HOMES: dict[str, set[str]] = {
         "steering",
         "testing",
     },
-    "pydantic": {"explanation"},
-    "jinja2": {"report"},
+    "pydantic": {"explanation", "web"},
+    "jinja2": {"report", "web"},
     "markupsafe": {"report"},
     "tyro": {"cli", "commands", "recipes"},
     "bitsandbytes": {"pipeline"},
     "datasets": {"pipeline"},
     "httpcore2": {"explanation"},
     "triton": {"training"},
+    "fastapi": {"web"},
+    "starlette": {"web"},
+    "uvicorn": {"commands"},
+    "numpy": {"web"},
 }
 # Of these, what only an extra of pyproject.toml brings, and which one.
-EXTRAS = {"bitsandbytes": "nf4", "datasets": "data", "httpcore2": "vlm", "triton": "dev"}
+EXTRAS = {"bitsandbytes": "nf4", "datasets": "data", "httpcore2": "vlm", "triton": "dev", "fastapi": "web", "starlette": "web", "uvicorn": "web"}
 
 # A plain string that whatever is written to disk may carry: no arrow.
 VERSION = "difflex._version.__version__"
 # Names under which packages are installed, where they differ from the ones they are imported by.
 DISTRIBUTIONS = {"PIL": "pillow"}
-# Dependencies that work without being imported by us: for diffusers when it loads a model, for torch when it hands over pixels.
-SILENT = {"accelerate", "numpy"}
+# Dependencies that work without being imported by us: for diffusers when it loads a model.
+SILENT = {"accelerate"}
 
 
 def station(source: Path, file: Path) -> str:

@@ -47,6 +47,7 @@ VERBS = {
     "features": VerbEntry("Look at features", "list features, sorted and filtered", "difflex.commands.features"),
     "search": VerbEntry("Look at features", "search features by words, such as red", "difflex.commands.features"),
     "show": VerbEntry("Look at features", "draw the sheet of one feature", "difflex.commands.features"),
+    "serve": VerbEntry("Look at features", "open a study in the browser", "difflex.commands.serve"),
     "explain": VerbEntry(
         "Look at features", "explain features with a VLM, and score the explanations", "difflex.commands.explain"
     ),

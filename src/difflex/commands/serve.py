@@ -1,0 +1,87 @@
+"""`difflex serve`: a study in the browser."""
+
+import ipaddress
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, final
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from difflex.commands.flags import number
+from difflex.errors import BadInput, MissingExtra
+from difflex.study import Command, Study
+
+__all__ = ["ServeCommand"]
+
+PORT = 8765
+"""Where the server listens unless told otherwise, or the next free port."""
+TRIED = 20
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ServeCommand(Command):
+    """Open a study in the browser: look at features where they fire, sort, filter and search them.
+
+    The server listens on this machine alone. With --host of another address it demands a token, which it prints.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study with books (difflex collect), finished or growing; a file of difflex pack."""
+    host: Annotated[str, arg(metavar="ADDRESS")] = "127.0.0.1"
+    """The address to listen on; 0.0.0.0 for all of this machine."""
+    port: Annotated[int | None, number(0, 65535), arg(help_behavior_hint="(default: 8765, or the next free one)")] = None
+    """The port to listen on; 0 for any free one."""
+    open: FlagCreatePairsOff[bool] = False
+    """Open the page in the browser of this machine."""
+
+    def __call__(self) -> None:
+        study = Study.open(self.study)
+        try:
+            import uvicorn
+
+            from difflex.web import LOCAL, make_app, new_token
+        except ModuleNotFoundError as error:
+            raise MissingExtra.of(error.name or "fastapi", "web", "difflex serve") from error
+        listening = _listen(self.host, self.port)
+        address, port, *_ = listening.getsockname()
+        is_local = ipaddress.ip_address(address).is_loopback
+        token = None if is_local else new_token()
+        hosts = LOCAL if is_local else (*LOCAL, *_names(self.host, address))
+        name = f"[{address}]" if ":" in address else address
+        url = f"http://{socket.gethostname() if ipaddress.ip_address(address).is_unspecified else name}:{port}/"
+        print(f"{study.folder}: {url}{f'?token={token}' if token else ''}  (stop with Ctrl+C)", flush=True)
+        if self.open:
+            import webbrowser
+
+            webbrowser.open(url + (f"?token={token}" if token else ""))
+        config = uvicorn.Config(make_app(study, hosts, token), log_level="warning", server_header=False, timeout_keep_alive=5)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    """Return a listening socket; without a port on the first free one of a few."""
+    ports = range(PORT, PORT + TRIED) if port is None else [port]
+    try:
+        addresses = [socket.getaddrinfo(host, tried, type=socket.SOCK_STREAM)[0] for tried in ports]
+    except socket.gaierror as error:
+        raise BadInput(f"--host {host} is no address of this machine ({error.strerror}). Leave it out, or give one.") from error
+    for tried, (family, _, _, _, address) in zip(ports, addresses, strict=True):
+        try:
+            # What comes from now on waits until the server is ready.
+            return socket.create_server(address, family=family)
+        except OSError as error:
+            if tried == ports[-1]:
+                where = f"port {tried}" if port is not None else f"ports {ports[0]} to {tried}"
+                raise BadInput(f"{host}, {where}: {error.strerror}. Name a free one with --port, or 0 for any.") from error
+    raise AssertionError("some port was tried")
+
+
+def _names(host: str, address: str) -> tuple[str, ...]:
+    """Return what this machine may be called in requests: what was given, its name, and its addresses."""
+    names = {host, address, socket.gethostname(), socket.getfqdn()}
+    with suppress(OSError):
+        names |= {str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None)}
+    return tuple(sorted(names))

@@ -1,0 +1,167 @@
+"""What the pages and their JSON twins say: plain data, documented in the OpenAPI document at /api."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict
+
+from difflex.features.entries import COVER_THRESHOLD, TokenMap
+
+__all__ = [
+    "DictionaryAnswer",
+    "ExampleAnswer",
+    "FeatureAnswer",
+    "FoundAnswer",
+    "NeighbourAnswer",
+    "ShownExplanation",
+    "TileAnswer",
+    "WallAnswer",
+]
+
+
+class Answer(BaseModel):
+    """Part of an answer."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
+
+
+class DictionaryAnswer(Answer):
+    """A dictionary of the study."""
+
+    site: str
+    label: str
+    features: int
+    has_book: bool
+    """Whether `difflex collect` has found where its features fire."""
+
+
+class TileAnswer(Answer):
+    """A feature as a tile of the wall."""
+
+    feature: int
+    label: str
+    """The concept that it detects, or its explanation; empty if neither is known."""
+    ap: float | None
+    """Average precision for that concept."""
+    score: float | None
+    """Best accuracy of its explanations."""
+    density: float
+    """Share of tokens at which it fires."""
+    peak: float
+    image: str | None
+    """File of its strongest image, at /images/FILE."""
+    covered: str
+    """The tokens it covers there: a bit for each token of the grid, in row-major order, as base64."""
+
+
+class WallAnswer(Answer):
+    """Features of a dictionary in some order, from an offset on."""
+
+    site: str
+    label: str
+    grid: tuple[int, int] | None
+    """Rows and columns of tokens in an image."""
+    total: int
+    """Number of features that fulfil the conditions."""
+    offset: int
+    tiles: list[TileAnswer]
+
+
+class ExampleAnswer(Answer):
+    """An image in which the feature fires, or a random one in which it is silent."""
+
+    kind: str
+    """`top`, `quantile` or `silent`."""
+    split: str
+    image: str
+    width: int
+    height: int
+    prompt: str
+    seed: int
+    timestep: float | None
+    peak: float
+    """Largest value in this image."""
+    levels: str
+    """The value at each token of the grid in 255ths of the feature's peak, in row-major order, as base64; empty for text."""
+
+
+class ShownExplanation(Answer):
+    """What a VLM says of a feature, and how true that is."""
+
+    text: str
+    backend: str
+    protocol: str
+    scores: dict[str, float]
+    """By measure, such as accuracy."""
+
+
+class NeighbourAnswer(Answer):
+    """A related feature."""
+
+    kind: str
+    """`firing`: they fire together; `direction`: their directions are close."""
+    value: float
+    tile: TileAnswer
+
+
+class FeatureAnswer(Answer):
+    """All that is known of a feature."""
+
+    site: str
+    label: str
+    feature: int
+    name: str
+    """The concept that it detects, or its explanation, or its number."""
+    grid: tuple[int, int] | None
+    figures: dict[str, float | None]
+    """By column of the book, such as density and peak."""
+    concept: str | None
+    ap: float | None
+    histogram: list[tuple[float, int]]
+    """Lower edge of each bin of positive values, and how many are in it."""
+    activity: list[tuple[float, float]]
+    """Timestep, and the share of tokens at which the feature fires there."""
+    explanations: list[ShownExplanation]
+    examples: list[ExampleAnswer]
+    neighbours: list[NeighbourAnswer]
+    patch: str | None
+    """Image that an ITDA atom was taken from."""
+    patch_token: int | None
+
+
+class FoundAnswer(Answer):
+    """A feature that a search found, and why."""
+
+    site: str
+    label: str
+    reason: str
+    found_score: float
+    grid: tuple[int, int] | None
+    tile: TileAnswer
+
+
+def covered_bits(where: TokenMap, peak: float, grid: tuple[int, int] | None) -> str:
+    """Return the tokens that a feature covers as bits in base64, the first token in the lowest bit of the first byte."""
+    if grid is None:
+        return ""
+    bits = bytearray(-(-grid[0] * grid[1] // 8))
+    for token, value in zip(*where, strict=True):
+        if value >= COVER_THRESHOLD * peak:
+            bits[token // 8] |= 1 << token % 8
+    return _text(bits)
+
+
+def levels(where: TokenMap, peak: float, grid: tuple[int, int] | None) -> str:
+    """Return the values of a map in 255ths of `peak` as bytes in base64; what fires has at least 1."""
+    if grid is None:
+        return ""
+    values = bytearray(grid[0] * grid[1])
+    for token, value in zip(*where, strict=True):
+        values[token] = max(1, min(255, round(255 * value / peak)))
+    return _text(values)
+
+
+def _text(content: Iterable[int]) -> str:
+    return base64.b64encode(bytes(content)).decode()
