@@ -112,9 +112,9 @@ def test_a_sdxl_folder_is_studied(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_quickstart_runs_in_a_process_of_its_own(tmp_path: Path):
     [code, *_] = blocks(TEXTS["README.md"], "python")
-    code = code.replace("100_000", "2_600").replace("size=2048, k=32", "size=64, k=8").replace("ring.png", str(tmp_path / "ring.png"))
+    code = code.replace("100_000", "6_000").replace("size=2048", "size=128").replace("ring.png", str(tmp_path / "ring.png"))
     few = "import difflex.explore.search as search, difflex.explore.workspace as workspace\n"
-    few += "workspace.IMAGES, search.SPECIFIC, search.MIN_IMAGES = {True: 8, False: 8}, -9.0, 1\n"
+    few += "workspace.IMAGES, search.SPECIFIC, search.MIN_IMAGES = {True: 24, False: 24}, -9.0, 1\n"
     result = in_process("-c", few + code)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "ring.png").is_file() and "Traceback" not in result.stderr
