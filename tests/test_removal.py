@@ -18,10 +18,12 @@ from difflex.effects.removal import RemovalConfig, RemovalResults, RemovedConcep
 from difflex.effects.removal_features import (
     FeatureCut,
     GenerationCodes,
+    MatchedFeatures,
     RemovalImages,
     RemovalRates,
     RemovalTrial,
     best_trial,
+    candidate_cuts,
     choose_features,
     importance,
     matched_features,
@@ -260,6 +262,19 @@ def test_planted_features_are_found_and_removed_while_all_else_stays():
         )
     # Only images that name the concept have its features: no other is generated again.
     assert generated == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_one_would_cut_by_hand_is_tried_beside_important_features_and_those_of_all_dictionaries():
+    other, images = DictionaryRef(Site("double.2", "neurons"), "neurons-8-k2"), removal_images([])
+    images = replace(images, codes={PLACE: firings(), other: firings()})
+    found = {PLACE: MatchedFeatures((2, 5), 0.7), other: MatchedFeatures((5,), 0.9)}
+    important, matched, alone = candidate_cuts(images, "red", 1, found)
+    assert important[PLACE].features == important[other].features == ((2,), (5,))
+    assert {place: cut.features for place, cut in matched.items()} == {PLACE: ((2,), (2,)), other: ((5,), (5,))}
+    assert {place: cut.features for place, cut in alone.items()} == {other: ((5,), (5,))}
+    [_, single] = candidate_cuts(images, "red", 1, {**found, PLACE: MatchedFeatures()})
+    assert single[other].features == ((5,), (5,)) and single[PLACE].features == ((), ())
+    assert len(candidate_cuts(images, "red", 1, dict.fromkeys(found, MatchedFeatures()))) == 1
 
 
 def test_unchanged_images_are_not_generated_again():

@@ -22,12 +22,12 @@ from difflex.effects.removal_features import (
     ENOUGH,
     FeatureCut,
     GenerationCodes,
+    MatchedFeatures,
     RemovalImages,
     RemovalRates,
     RemovalTrial,
     best_trial,
-    choose_features,
-    matched_features,
+    candidate_cuts,
 )
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import folder_lock, write_file
@@ -212,11 +212,9 @@ def _remove_with_sets(
         for places in sets:
             log(f"{', '.join(map(str, places))}: {group}")
             for concept in dict.fromkeys(selection.concepts):
-                matched = [_matched(editor.study, place, concept) for place in places]
+                matched = {place: _matched(editor.study, place, concept) for place in places}
                 folder = editor.study.removal(places).with_suffix("")
-                removed[places].append(
-                    _remove_concept(concept, group, places, config, selection, tuning, unseen, matched, folder)
-                )
+                removed[places].append(_remove_concept(concept, group, config, selection, tuning, unseen, matched, folder))
                 log("  ".join(_table_row(removed[places][-1])))
     return removed
 
@@ -224,39 +222,27 @@ def _remove_with_sets(
 def _remove_concept(
     concept: str,
     group: str,
-    places: Places,
     config: RemovalConfig,
     selection: RemovalImages,
     tuning: RemovalImages,
     unseen: RemovalImages,
-    matched: Sequence[Sequence[int]],
+    matched: Mapping[DictionaryRef, MatchedFeatures],
     folder: Path,
 ) -> RemovedConcept:
-    """Remove a concept with what is best on the first two sets of images, and judge it on the third.
-
-    The features with the highest importance are tried, and then those `matched` to the concept, by place.
-    """
-    most = max(config.features)
-    candidates = [
-        {place: choose_features(selection.codes[place], selection.concepts, concept, most, config.steps) for place in places}
-    ]
-    if any(matched):
-        candidates.append(
-            {
-                place: matched_features(selection.codes[place], features[:most], config.steps)
-                for place, features in zip(places, matched, strict=True)
-            }
-        )
+    """Remove a concept with what is best on the first two sets of images, and judge it on the third."""
     settings = [(count, strength) for count in config.features for strength in config.strengths]
-    are_tried = len(settings) * len(candidates) > 1
-    by_candidate = [tuple(tuning.trials(concept, cuts, settings)) if are_tried else () for cuts in candidates]
-    if are_tried:
-        best = [best_trial(trials) for trials in by_candidate]
-        chosen = max(range(len(best)), key=lambda i: (best[i].rates.reach(ENOUGH), best[i].rates.least, best[i].rates.own))
-        count, strength = best[chosen][:2]
-    else:
-        chosen, (count, strength) = 0, settings[0]
-    cuts = {place: cut.first(count) for place, cut in candidates[chosen].items()}
+    candidates = candidate_cuts(selection, concept, max(config.features), matched, config.steps)
+    (count, strength), chosen, tried = settings[0], candidates[0], list[RemovalTrial]()
+    best = RemovalRates(ua=-1.0, ira=-1.0, cra=-1.0, own=-1.0)
+    for cuts in candidates if len(settings) * len(candidates) > 1 else ():
+        trials = tuple(tuning.trials(concept, cuts, settings))
+        tried += trials
+        trial = best_trial(trials)
+        if (trial.rates.least, trial.rates.own) > (best.least, best.own):
+            (count, strength, best), chosen = trial, cuts
+        if best.reach(ENOUGH):
+            break
+    cuts = {place: cut.first(count) for place, cut in chosen.items()}
     _write_images(unseen, concept, cuts, strength, folder)
     shows = [verdict.shows for name, verdict in zip(unseen.concepts, unseen.before, strict=True) if name == concept]
     return RemovedConcept(
@@ -264,28 +250,29 @@ def _remove_concept(
         group=group,
         features={str(place): cut.features for place, cut in cuts.items()},
         strength=strength,
-        trials=tuple(trial for trials in by_candidate for trial in trials),
+        trials=tuple(tried),
         images=len(shows),
         shown=fmean(shows),
         rates=unseen.rates(concept, cuts, strength),
     )
 
 
-def _matched(study: Study, place: DictionaryRef, concept: str) -> list[int]:
-    """Return the features that detect a concept better than all others, the best first; none if that is unknown."""
+def _matched(study: Study, place: DictionaryRef, concept: str) -> MatchedFeatures:
+    """Return the features of a dictionary that detect a concept; none if that is unknown."""
     try:
         matches = concept_matches(study, place)
     except StaleWork:
-        return []
+        return MatchedFeatures()
     best = [] if matches is None else [result.best for result in matches.clearest_level.results if result.concept.name == concept]
     if matches is None or not best or best[0].ap.value < DETECTS:
-        return []
+        return MatchedFeatures()
     columns = zip(matches.features.features, matches.features.concepts, matches.features.ap, strict=True)
     others = sorted(
         ((ap, feature) for feature, number, ap in columns if matches.concepts[number].name == concept and ap >= DETECTS),
         reverse=True,
     )
-    return list(dict.fromkeys([best[0].features[0], *(feature for _, feature in others)]))
+    features = dict.fromkeys([best[0].features[0], *(feature for _, feature in others)])
+    return MatchedFeatures(tuple(features), best[0].ap.value)
 
 
 def _write_images(

@@ -289,3 +289,32 @@ class RemovalImages:
 def _no_milder(setting: Setting, other: Setting) -> bool:
     """Return whether `setting` removes at least as many features as `other`, at least as strongly."""
     return setting[0] >= other[0] and setting[1] <= other[1]
+
+
+class MatchedFeatures(NamedTuple):
+    """The features of a dictionary that detect a concept better than all others, the best first."""
+
+    features: tuple[int, ...] = ()
+    ap: float = 0.0
+    """Average precision of the best."""
+
+
+def candidate_cuts(
+    selection: RemovalImages,
+    concept: str,
+    count: int,
+    matched: Mapping[DictionaryRef, MatchedFeatures],
+    steps: range | None = None,
+) -> list[dict[DictionaryRef, FeatureCut]]:
+    """Return the cuts to try: `count` features of the highest importance of each dictionary, those matched to the concept, and,
+    as one would choose by hand, those of the one dictionary alone that detects the concept best.
+    """
+    codes, named = selection.codes, selection.concepts
+    cuts = {place: matched_features(codes[place], own.features[:count], steps) for place, own in matched.items()}
+    detecting = [place for place, own in matched.items() if own.features]
+    candidates = [{place: choose_features(codes[place], named, concept, count, steps) for place in matched}]
+    candidates += [cuts] if detecting else []
+    if len(detecting) > 1:
+        best = max(detecting, key=lambda place: matched[place].ap)
+        candidates.append({best: cuts[best]})
+    return candidates
