@@ -49,8 +49,6 @@ PYTHON = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 NOISE, STEPS, BATCH, RIDGE = 0.5, 4, 1024, 1e-3
 PART = 8192
 """Tokens encoded at once."""
-GATED_PENALTY = 1.0
-"""At which about as many features of a gated SAE fire at a token as k."""
 WANTED, BEST_SITE, LEAD = 0.8, 0.6, 0.1
 """Bars: share of findable concepts found over all sites, and at the best site; lead over the best peer's default."""
 OURS = "topk, smooth"
@@ -141,7 +139,7 @@ def grown(pursuit: PursuitName) -> Make:
     return make
 
 
-def peer(name: str, python: Path, *, predicts: bool = False, **options: Any) -> Make:
+def peer(name: str, python: Path, *, predicts: bool = False) -> Make:
     """Return the method of a library's own SAE, trained in a process of its own on standardised batches of the same tokens.
 
     One that predicts the next site gets the tokens of that beside its own.
@@ -153,7 +151,7 @@ def peer(name: str, python: Path, *, predicts: bool = False, **options: Any) -> 
             stores.append(task.store.folder.parent / following(task.recipe.model, task.store.site).folder)
             tokens = torch.cat([tokens, torch.zeros_like(tokens)], dim=1)
         world = {"stores": list(map(str, stores))}
-        begin = {"world": world, "width": task.store.width, "batch": BATCH, "standardise": True, **options}
+        begin = {"world": world, "width": task.store.width, "batch": BATCH, "standardise": True}
         with tempfile.TemporaryDirectory() as folder, start_learners([name], python) as learners:
             save_file({"x": tokens.contiguous()}, f"{folder}/tokens")
             learners[name].begin(**begin, size=task.recipe.size, k=task.recipe.k, updates=task.updates)
@@ -198,10 +196,7 @@ def methods(python: Path, full: bool) -> dict[str, Make]:
         }
     others = {name: peer(name, python) for name in (PEERS if full else PEERS[:1])}
     if full:
-        others |= {
-            "gated (dictionary_learning)": peer("gated", python, penalty=GATED_PENALTY),
-            "transcoder (sparsify)": peer("transcoder", python, predicts=True),
-        }
+        others["transcoder (sparsify)"] = peer("transcoder", python, predicts=True)
     return ours | (others if python.exists() else {}) | floors
 
 
@@ -234,11 +229,13 @@ def probe_scores(labelled: LabelledActivations) -> list[float]:
 class Activations:
     """The stored tokens and the labelled images of a recipe, made once in a folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, ahead: bool = False) -> None:
+        """Store the tokens; `ahead` also those of the following sites, which transcoders predict."""
         self._recipe, self._folder = recipe, folder
         self.sites = [name + view for name in recipe.sites for view in VIEWS.values()]
-        read = dict.fromkeys(self.sites)  # and those that transcoders predict
-        read |= dict.fromkeys(str(following(recipe.model, Site.parse(site))) for site in self.sites)
+        read = dict.fromkeys(self.sites)
+        if ahead:
+            read |= dict.fromkeys(str(following(recipe.model, Site.parse(site))) for site in self.sites)
         words = ["harvest", recipe.model, "--site", *read, "--prompts", "captions", "--steps", str(STEPS), "--batch", "32"]
         assert command([*words, "--tokens", str(recipe.tokens), "--out", str(folder / "study")]) == 0
         file = folder / f"labelled-{recipe.images}.pt"
@@ -403,7 +400,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        activations = Activations(recipe, folder)
+        activations = Activations(recipe, folder, ahead=any(name.startswith("transcoder") for name in made))
         probes = {site: probe_scores(activations.labelled[Site.parse(site)]) for site in recipe.sites}
         scores = run(activations, made, asked.view, recipe, asked.seeds, folder)
         groups = [concept.group for concept in drawn_concepts()]
