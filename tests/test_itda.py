@@ -711,3 +711,13 @@ def test_two_processes_grow_one_dictionary_with_the_same_guarantee(tmp_path: Pat
         earlier = shared.atoms[shots < (number + 1) * BATCH]
         batch = z[number * BATCH : (number + 1) * BATCH]
         assert float(unexplained_share(batch, earlier, "orthogonal").max()) <= 0.25 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("size", [3, 41, 5000])
+def test_a_search_tries_no_threshold_twice_whatever_the_sizes_say(size: int):
+    trials = list[ThresholdTrial]()
+    for _ in range(12):
+        trials.append(ThresholdTrial(next_threshold(trials, 41), size, 1.0))
+    thresholds = [trial.threshold for trial in trials]
+    assert len(set(thresholds)) == len(thresholds) and all(0 < threshold < 1 for threshold in thresholds)
+    assert thresholds == sorted(thresholds, reverse=size < 41)

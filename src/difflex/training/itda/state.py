@@ -263,12 +263,15 @@ def next_threshold(trials: Sequence[ThresholdTrial], size: int) -> float:
     few = min((trial.threshold for trial in trials if trial.whole_size < size), default=None)
     near, exponent = _size_law(trials, size)
     guess = near.threshold * (near.whole_size * AIM**near.exponent / size) ** (1 / exponent)
+    # The law may be wrong: the more thresholds were tried, the further goes the next, or the nearer to the middle.
+    step = min(10.0, 1.1**2 ** min(len(trials) - 1, 5))
     if few is None:
         assert many is not None
-        return min(guess, many + 0.5 * (1 - many))
+        return min(max(guess, step * many), many + 0.5 * (1 - many))
     if many is None:
-        return max(guess, few / 10)
-    return min(max(guess, many + 0.01 * (few - many)), many + 0.99 * (few - many))
+        return max(min(guess, few / step), few / 10)
+    margin = min(0.5, 0.01 * 2 ** (len(trials) - 2)) * (few - many)
+    return min(max(guess, many + margin), few - margin)
 
 
 def _size_law(trials: Sequence[ThresholdTrial], size: int) -> tuple[ThresholdTrial, float]:
