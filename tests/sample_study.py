@@ -177,7 +177,9 @@ def write_book(
     """
     site, _, label = name.partition("/")
     place, album = DictionaryRef(Site.parse(site), label), ImageAlbum(study.images)
-    files = [album.add(Image.new("RGB", (8, 8), (20 * feature % 256, 90 + 20 * feature // 256, 200)))[0] for feature in range(features)]
+    files = [
+        album.add(Image.new("RGB", (8, 8), (20 * feature % 256, 90 + 20 * feature // 256, 200)))[0] for feature in range(features)
+    ]
     shot = Shot(model=study.model, prompt="<b>a star</b>", pixels=(8, 8), steps=1, guidance=0.0, split="held-out")
     prompts = [(captions or {}).get(feature, shot.prompt) for feature in range(features)]
     shots = [(6 * f + i, f, replace(shot, seed=i, prompt=prompts[f])) for f in range(features) for i in range(6)]

@@ -227,7 +227,15 @@ HOMES: dict[str, set[str]] = {
     "numpy": {"web"},
 }
 # Of these, what only an extra of pyproject.toml brings, and which one.
-EXTRAS = {"bitsandbytes": "nf4", "datasets": "data", "httpcore2": "vlm", "triton": "dev", "fastapi": "web", "starlette": "web", "uvicorn": "web"}
+EXTRAS = {
+    "bitsandbytes": "nf4",
+    "datasets": "data",
+    "httpcore2": "vlm",
+    "triton": "dev",
+    "fastapi": "web",
+    "starlette": "web",
+    "uvicorn": "web",
+}
 
 # A plain string that whatever is written to disk may carry: no arrow.
 VERSION = "difflex._version.__version__"
