@@ -264,7 +264,7 @@ def next_threshold(trials: Sequence[ThresholdTrial], size: int) -> float:
     near, exponent = _size_law(trials, size)
     guess = near.threshold * (near.whole_size * AIM**near.exponent / size) ** (1 / exponent)
     # The law may be wrong: the more thresholds were tried, the further goes the next, or the nearer to the middle.
-    step = min(10.0, 1.1**2 ** min(len(trials) - 1, 5))
+    step = 1.01 if len(trials) < 3 else min(10.0, 1.1 ** (2 ** min(len(trials) - 3, 5)))
     if few is None:
         assert many is not None
         return min(max(guess, step * many), many + 0.5 * (1 - many))
