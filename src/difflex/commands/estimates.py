@@ -280,10 +280,11 @@ def _removal(forecast: Forecast, command: RemovalCommand) -> CostEstimate:
         ]
     concepts = [len(CONCEPTS[group]) for group in command.groups]
     settings = len(command.features) * len(command.strength)
-    # About as many settings are tried before one is good enough, of important features and of those matched to the concept.
-    tried = 2 * (0.6 * settings if settings > 1 else 1)
+    # About as many settings are tried before one is good enough: of important features, of those matched to the concept, and
+    # with several dictionaries of those of the best one alone.
+    tried = [(3 if len(together) > 1 else 2) * (0.6 * settings if settings > 1 else 1) for together in sets]
     plain = sum(concepts) * (command.selection_images + command.tuning_images + command.images)
-    edited = len(sets) * sum(2 * count * (tried * command.tuning_images + command.images) for count in concepts)
+    edited = sum(2 * count * (each * command.tuning_images + command.images) for each in tried for count in concepts)
     estimate = _edited(forecast, command, [pair for together in sets for pair in together], plain + edited, scaled=False)
     return replace(estimate, bytes=len(sets) * sum(concepts) * 1_700)
 
