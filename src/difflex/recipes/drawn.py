@@ -32,7 +32,7 @@ def mini(
     precision: PrecisionChoice | None = None,
     prompts: str = "captions",
     pixels: ImageSize = None,
-    tokens: int = 200_000,
+    tokens: int = 160_000,
 ) -> Study:
     """Return the demo: one site of mini-flux, or of another model of the drawn world, in minutes."""
     site = f"{_blocks(model).double[-1]}:{SMOOTH}"
@@ -46,12 +46,12 @@ def mini(
             TrainCommand(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=3 * tokens),
             ItdaCommand(study=folder, site=(site,), k=16, size=(2048,), tokens=max(1, tokens // 4)),
             EvaluateCommand(study=folder, effect_shots=8),
-            ConceptsCommand(studies=(folder,), images=600, held_out=0.5, noise=(LATE,)),
-            CollectCommand(study=folder, drawn_world=True, images=400, noise=(LATE,), patches=0),
-            ExplainCommand(studies=(folder,), random_features=50),
-            ExplainCommand(studies=(folder,), random_features=50, protocol="paper"),
+            ConceptsCommand(studies=(folder,), images=480, held_out=0.5, noise=(LATE,)),
+            CollectCommand(study=folder, drawn_world=True, images=320, noise=(LATE,), patches=0),
+            ExplainCommand(studies=(folder,), random_features=32),
+            ExplainCommand(studies=(folder,), random_features=32, protocol="paper"),
             SteerEvalCommand(
-                study=folder, dictionary=(f"{site}/topk-2048-k32",), groups=("colour", "texture"), trials=6, strength=(1.0, 2.0)
+                study=folder, dictionary=(f"{site}/topk-2048-k32",), groups=("colour", "texture"), trials=4, strength=(1.0, 2.0)
             ),
             ReportCommand(study=folder),
         ),
@@ -84,7 +84,7 @@ def mini_full(
     compared = (f"{middle}/topk-2048-k16", f"{middle}/{itda_label}", neurons)
     shown, control = {site: f"{site}:{SMOOTH}/topk-2048-k32" for site in sites}, folder / "untrained"
     concepts = ConceptsCommand(studies=(folder,), noise=LEVELS)
-    explain = ExplainCommand(studies=(folder, control), dictionary=(shown[middle], *compared), random_features=500)
+    explain = ExplainCommand(studies=(folder, control), dictionary=(shown[middle], *compared), random_features=320)
     collect = CollectCommand(study=folder, dictionary=explain.dictionary, drawn_world=True, images=2000, noise=(LATE,))
     steer = SteerEvalCommand(study=folder, dictionary=compared[:1], groups=("colour", "texture"), trials=12)
     removed = ",".join(shown[site] for site in (middle, *blocks.single[:2]))
