@@ -92,6 +92,7 @@ def test_a_wall_is_sorted_and_filtered(site: Site):
     assert numbers(site, "sort=peak")[:3] == [11, 10, 9] and numbers(site, "sort=feature&ascending=true") == [*range(12)]
     assert numbers(site, "sort=score")[:2] == [9, 10]
     assert numbers(site, "where=peak>5&where=peak<=8&sort=feature&ascending=true") == [5, 6, 7]
+    assert numbers(site, "where=peak>5,%20peak<=8&sort=feature&ascending=true") == [5, 6, 7]
     assert numbers(site, "where=ap>=0.7") == [0, 4, 1, 5] and numbers(site, "concept=red") == [0, 4]
     assert numbers(site, "q=ladders") == [10]
     assert numbers(site, "sort=feature&ascending=true&offset=5&limit=2") == [5, 6]

@@ -53,7 +53,8 @@ def make_app(study: Study, hosts: tuple[str, ...] = LOCAL, token: str | None = N
 def _query(sort: str, ascending: bool, where: list[str], concept: str, q: str) -> WallQuery:
     if any(len(text) > LONGEST for text in where):
         raise BadInput(f"A condition has more than {LONGEST} letters. Write a column, one of < <= > >= = and a number.")
-    return WallQuery(sort, ascending, tuple(where), concept, q)
+    conditions = [part.strip() for text in where for part in text.split(",")]
+    return WallQuery(sort, ascending, tuple(filter(None, conditions)), concept, q)
 
 
 def _add_data(app: FastAPI, catalogue: Catalogue) -> None:

@@ -244,6 +244,7 @@ class Catalogue:
             table = self._tables.get(ref)
             if table is None or table.stamp != stamp:
                 table = self._tables[ref] = self._read_table(ref, stamp)
+                self._selected.cache_clear()  # it would keep the table that is replaced
         return table
 
     def _read_table(self, ref: DictionaryRef, stamp: _Stamp) -> _FeatureTable:
