@@ -1,4 +1,4 @@
-"""Execute the tutorials anew and store their outputs: python docs/notebooks.py [NAME...]. Each takes minutes on two cores.
+"""Execute the tutorials again and store their outputs: python docs/notebooks.py [NAME...]. Each takes minutes on two cores.
 
 Outputs are those that Jupyter shows, without progress bars: what is printed, and the value of the last expression.
 """

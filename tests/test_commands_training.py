@@ -406,8 +406,8 @@ def test_a_growth_at_several_sites_is_shown_in_percent_of_all_of_it(monkeypatch:
         bar.end_site()  # nothing to grow there
         for share in (0.2, 0.6):
             work = lambda share=share: GrowthWork(share, 1 - share)  # noqa: E731
-            bar.show(GrowthProgress(0.3, 1, GrowthInterval(500, 9, 40), 1000, work))
+            bar.show(GrowthProgress(0.3, 1, GrowthInterval(500, 9, 40), work))
         bar.end_site()
-        bar.show(GrowthProgress(0.25, 0, GrowthInterval(500, 9, 60), 1000, lambda: GrowthWork(1, 1)))
+        bar.show(GrowthProgress(0.25, 0, GrowthInterval(500, 9, 60), lambda: GrowthWork(1, 1)))
     shown = re.findall(r"growing: (\S+) of 100% in .* to go, .*", log.getvalue())
     assert shown[-3:] == ["30.0", "75.0", "100"] and "pass 2, threshold 0.3, 40 atoms" in log.getvalue()

@@ -6,9 +6,10 @@ import pytest
 from sample_study import CONCEPTS, new_study, write_book, write_dictionary, write_matches
 
 from difflex.cli import main
+from difflex.commands.evaluation import ConceptsCommand
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation.concepts import Concept, ConceptsConfig
-from difflex.explore.search import rarity, resolve_features, search
+from difflex.explore.search import USUAL, rarity, resolve_features, search
 from difflex.study import Study
 
 NAME, OTHER = "double.1/topk-12-k4", "double.2/topk-12-k4"
@@ -127,3 +128,10 @@ def test_the_command_lists_features_and_the_command_to_look_at_the_first(study: 
 def test_the_sheet_of_a_feature_is_drawn_by_name(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["show", str(study.folder), "red", "--columns", "2", "--out", str(tmp_path / "red.png")]) == 0
     assert f"red: feature 1 of {NAME} (detects red, AP 0.93)" in capsys.readouterr().out and (tmp_path / "red.png").is_file()
+
+
+def test_the_settings_that_advice_leaves_out_are_those_of_the_command():
+    config, command = ConceptsConfig(), ConceptsCommand(studies=())
+    for name, usual in USUAL.items():
+        values = [getattr(each, name) for each in (config, command)]
+        assert [list(value) if isinstance(value, tuple) else value for value in values] == [usual, usual], name

@@ -16,7 +16,7 @@ from difflex.study import Command, Study
 __all__ = ["ServeCommand"]
 
 PORT = 8765
-"""Where the server listens unless told otherwise, or the next free port."""
+"""The default port; if it is taken, the next free one."""
 TRIED = 20
 
 

@@ -101,12 +101,9 @@ def read_region(region: Region | None) -> Rectangle | str | None:
 
 
 def _describe(edit: Edit) -> str:
-    features, unit = (
-        ", ".join(map(str, edit.features)),
-        "" if edit.operation == "scale" or edit.unit == "peak" else f" {edit.unit}",
-    )
-    change = {"add": f"x {edit.strength:g}{unit}", "ablate": "ablated"}.get(
-        edit.operation, f"{edit.operation} {edit.strength:g}{unit}"
-    )
+    features = ", ".join(map(str, edit.features))
+    unit = "" if edit.operation == "scale" or edit.unit == "peak" else f" {edit.unit}"
+    amount = f"{edit.strength:g}{unit}"
+    change = {"add": f"x {amount}", "ablate": "ablated"}.get(edit.operation, f"{edit.operation} {amount}")
     place = "" if edit.region is None else " in a region"
     return f"feature {features} {change}{place}" + ("" if edit.steps is None else f", steps {edit.steps[0]}:{edit.steps[1]}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, final
 from urllib.parse import quote
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
@@ -50,11 +50,21 @@ def make_app(study: Study, hosts: tuple[str, ...] = LOCAL, token: str | None = N
     return Guard(app, hosts=hosts, token=token)
 
 
-def _query(sort: str, ascending: bool, where: list[str], concept: str, q: str) -> WallQuery:
+def _query(
+    sort: Words = "ap",
+    ascending: bool = False,
+    where: Conditions = [],  # noqa: B006 (FastAPI copies it)
+    concept: Words = "",
+    q: Words = "",
+) -> WallQuery:
+    """Read the query of a wall from an address."""
     if any(len(text) > LONGEST for text in where):
         raise BadInput(f"A condition has more than {LONGEST} letters. Write a column, one of < <= > >= = and a number.")
     conditions = [part.strip() for text in where for part in text.split(",")]
     return WallQuery(sort, ascending, tuple(filter(None, conditions)), concept, q)
+
+
+AskedWall = Annotated[WallQuery, Depends(_query)]
 
 
 def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
@@ -69,16 +79,12 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
     def features(
         site: str,
         label: str,
-        sort: Words = "ap",
-        ascending: bool = False,
-        where: Conditions = [],  # noqa: B006 (FastAPI copies it)
-        concept: Words = "",
-        q: Words = "",
+        query: AskedWall,
         offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
         limit: Annotated[int, Query(ge=1, le=MOST_TILES)] = TILES,
     ) -> WallAnswer:
         """Features of a dictionary as tiles: sorted, filtered by conditions such as `density<0.01`, by concept or by words."""
-        return catalogue.wall(catalogue.find(site, label), _query(sort, ascending, where, concept, q), offset, limit)
+        return catalogue.wall(catalogue.find(site, label), query, offset, limit)
 
     @app.get("/api/dictionaries/{site}/{label}/features/{feature}")
     def feature(site: str, label: str, feature: int) -> FeatureAnswer:
@@ -103,20 +109,11 @@ def _add_pages(app: FastAPI, catalogue: Catalogue, pages: _Pages) -> None:
         return RedirectResponse(place(str(first.site), first.label), 307)
 
     @app.get("/d/{site}/{label}", include_in_schema=False)
-    def wall(
-        site: str,
-        label: str,
-        sort: Words = "ap",
-        ascending: bool = False,
-        where: Conditions = [],  # noqa: B006 (FastAPI copies it)
-        concept: Words = "",
-        q: Words = "",
-    ) -> Response:
+    def wall(site: str, label: str, query: AskedWall) -> Response:
         ref = catalogue.find(site, label)
-        answer = catalogue.wall(ref, _query(sort, ascending, where, concept, q), 0, TILES)
-        values = {"sort": sort, "ascending": ascending, "where": where, "concept": concept, "q": q}
+        answer = catalogue.wall(ref, query, 0, TILES)
         choices = {"dictionaries": catalogue.dictionaries(), "concepts": catalogue.concepts(ref), "sorts": SORTS}
-        return pages.render("wall.html", title=str(ref), wall=answer, asked=values, **choices)
+        return pages.render("wall.html", title=str(ref), wall=answer, asked=query, **choices)
 
     @app.get("/d/{site}/{label}/{feature}", include_in_schema=False)
     def feature(site: str, label: str, feature: int) -> Response:
@@ -176,7 +173,7 @@ class _Pages:
         return HTMLResponse(_environment().get_template(template).render(study=self.study, place=place, **values), status)
 
     def problem(self, request: Request, status: int, sentence: str) -> Response:
-        """Return an error as a page, or as JSON where JSON was asked for."""
+        """Return an error as a page, or below /api as JSON."""
         if request.url.path.startswith("/api"):
             return JSONResponse({"error": sentence}, status)
         return self.render("problem.html", status, title="That did not work", sentence=sentence)

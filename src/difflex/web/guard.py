@@ -1,7 +1,7 @@
 """`Guard`: what every request must be before it is answered, and the headers of every answer.
 
-The server listens on this machine alone unless it is told otherwise; then it demands a token. Other pages that are open in the
-same browser must not reach it either: by a name of their own that points here (Host), nor by requests across sites (Origin).
+By default the server listens on the loopback address; on any other it requires a token. Pages of other sites in the same browser
+cannot reach it: neither by a host name of their own that resolves to it (Host), nor by cross-site requests (Origin).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEADERS = {
 
 
 def new_token() -> str:
-    """Return a token that nobody guesses."""
+    """Return a random token of 192 bits."""
     return secrets.token_urlsafe(24)
 
 

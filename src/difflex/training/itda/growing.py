@@ -61,8 +61,6 @@ class GrowthProgress(NamedTuple):
     passes: int
     """Finished passes before this one."""
     interval: GrowthInterval
-    tokens: int
-    """Tokens in a pass."""
     work: Callable[[], GrowthWork]
     """Returns the work that was done and is expected of all dictionaries that grow together."""
 
@@ -228,7 +226,7 @@ class GrowthRun:
         member.state.batches += 1
         if self.ranks.rank == 0:
             grower, passes = member.grower, len(member.state.trials)
-            self._on_progress(GrowthProgress(grower.threshold, passes, grower.curve[-1], self.data.tokens, self.work))
+            self._on_progress(GrowthProgress(grower.threshold, passes, grower.curve[-1], self.work))
 
 
 @final

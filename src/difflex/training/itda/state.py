@@ -88,7 +88,7 @@ class GrowthWork(NamedTuple):
 
     done: float
     expected: float
-    """What is left to do."""
+    """The remaining work."""
 
     def plus(self, other: GrowthWork) -> GrowthWork:
         return GrowthWork(self.done + other.done, self.expected + other.expected)

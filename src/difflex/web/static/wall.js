@@ -87,7 +87,7 @@ addEventListener("resize", () => arrange(true));
 document.getElementById("dictionary").addEventListener("change", (event) => (location.href = event.target.value));
 controls.addEventListener("change", (event) => event.target.name && controls.requestSubmit());
 controls.addEventListener("submit", () => {
-  // An address holds what was asked for, and no empty fields.
+  // Keep empty fields out of the address.
   for (const field of controls.elements) if (field.name && !field.value) field.disabled = true;
 });
 addEventListener("pageshow", () => { for (const field of controls.elements) field.disabled = false; });
