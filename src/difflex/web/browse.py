@@ -1,0 +1,117 @@
+"""The addresses to browse a study: walls, features, search, images."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Query
+from fastapi.responses import FileResponse, RedirectResponse, Response
+from starlette.exceptions import HTTPException
+
+from difflex.errors import BadInput, DifflexError
+from difflex.features import ImageAlbum
+from difflex.web.answers import DictionaryAnswer, FeatureAnswer, FoundAnswer, WallAnswer
+from difflex.web.catalogue import MOST_TILES, SORTS, Catalogue, WallQuery
+from difflex.web.pages import Pages, place
+
+TILES = 60
+"""On the first part of a wall."""
+FOREVER = {"cache-control": "public, max-age=31536000, immutable"}
+"""Of images, whose names are checksums of their content."""
+LONGEST = 200
+"""Letters of a word or a name in a request."""
+
+Words = Annotated[str, Query(max_length=LONGEST)]
+Conditions = Annotated[list[str], Query(max_length=10)]
+
+
+def add_browsing(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
+    """Add the pages of walls and features, their JSON twins, and the images."""
+    _add_data(app, catalogue)
+    _add_pages(app, catalogue, pages)
+
+
+def _query(
+    sort: Words = "ap",
+    ascending: bool = False,
+    where: Conditions = [],  # noqa: B006 (FastAPI copies it)
+    concept: Words = "",
+    q: Words = "",
+) -> WallQuery:
+    """Read the query of a wall from an address."""
+    if any(len(text) > LONGEST for text in where):
+        raise BadInput(f"A condition has more than {LONGEST} letters. Write a column, one of < <= > >= = and a number.")
+    conditions = [part.strip() for text in where for part in text.split(",")]
+    return WallQuery(sort, ascending, tuple(filter(None, conditions)), concept, q)
+
+
+AskedWall = Annotated[WallQuery, Depends(_query)]
+
+
+def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
+    """Add the addresses whose answers are JSON."""
+
+    @app.get("/api/dictionaries")
+    def dictionaries() -> list[DictionaryAnswer]:
+        """The dictionaries of the study, those with a book first."""
+        return catalogue.dictionaries()
+
+    @app.get("/api/dictionaries/{site}/{label}/features")
+    def features(
+        site: str,
+        label: str,
+        query: AskedWall,
+        offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MOST_TILES)] = TILES,
+    ) -> WallAnswer:
+        """Features of a dictionary as tiles: sorted, filtered by conditions such as `density<0.01`, by concept or by words."""
+        return catalogue.wall(catalogue.find(site, label), query, offset, limit)
+
+    @app.get("/api/dictionaries/{site}/{label}/features/{feature}")
+    def feature(site: str, label: str, feature: int) -> FeatureAnswer:
+        """All that is known of a feature."""
+        return catalogue.feature(catalogue.find(site, label), feature)
+
+    @app.get("/api/search")
+    def search(q: Words) -> list[FoundAnswer]:
+        """Features of all dictionaries by words: concepts, explanations, captions of their strongest images."""
+        return catalogue.search(q)
+
+
+def _add_pages(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
+    """Add the addresses whose answers are pages, and the images."""
+    album = ImageAlbum(catalogue.study.images)
+
+    @app.get("/", include_in_schema=False)
+    def front() -> Response:
+        first = catalogue.front()
+        if first is None:
+            return pages.render("empty.html", title="Nothing to show yet")
+        return RedirectResponse(place(str(first.site), first.label), 307)
+
+    @app.get("/d/{site}/{label}", include_in_schema=False)
+    def wall(site: str, label: str, query: AskedWall) -> Response:
+        ref = catalogue.find(site, label)
+        answer = catalogue.wall(ref, query, 0, TILES)
+        choices = {"dictionaries": catalogue.dictionaries(), "concepts": catalogue.concepts(ref), "sorts": SORTS}
+        return pages.render("wall.html", title=str(ref), wall=answer, asked=query, **choices)
+
+    @app.get("/d/{site}/{label}/{feature}", include_in_schema=False)
+    def feature(site: str, label: str, feature: int) -> Response:
+        answer = catalogue.feature(catalogue.find(site, label), feature)
+        return pages.render("feature.html", title=answer.name, feature=answer)
+
+    @app.get("/search", include_in_schema=False)
+    def search(q: Words = "") -> Response:
+        found, problem = [], ""
+        try:
+            found = catalogue.search(q) if q.strip() else []
+        except DifflexError as error:
+            problem = str(error)
+        return pages.render("search.html", title=f"Search: {q}", q=q, found=found, problem=problem)
+
+    @app.get("/images/{file}", include_in_schema=False)
+    def image(file: str) -> Response:
+        if (problem := album.damage(file)) is not None:
+            raise HTTPException(404, problem)
+        return FileResponse(album.folder / file, media_type="image/webp", headers=FOREVER)

@@ -1,0 +1,64 @@
+"""`Pages`: renders the templates of the web app, and errors as pages or JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import final
+from urllib.parse import quote
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from difflex.study import Study
+
+HERE = Path(__file__).parent
+
+
+def place(site: str, label: str, feature: int | None = None) -> str:
+    """Return the address of a dictionary, or of one of its features."""
+    address = f"/d/{quote(site, safe=':')}/{quote(label)}"
+    return address if feature is None else f"{address}/{feature}"
+
+
+@final
+@dataclass(frozen=True)
+class Pages:
+    """Renders the templates."""
+
+    study: Study
+
+    def render(self, template: str, status: int = 200, **values: object) -> HTMLResponse:
+        """Return a page."""
+        return HTMLResponse(_environment().get_template(template).render(study=self.study, place=place, **values), status)
+
+    def problem(self, request: Request, status: int, sentence: str) -> Response:
+        """Return an error as a page, or below /api as JSON."""
+        if request.url.path.startswith("/api"):
+            return JSONResponse({"error": sentence}, status)
+        return self.render("problem.html", status, title="That did not work", sentence=sentence)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"share": _share, "figure": _figure}
+    return environment
+
+
+def _share(value: float | None) -> str:
+    """Return a share in per cent."""
+    return "-" if value is None else f"{100 * value:.3g} %"
+
+
+def _figure(value: float | None) -> str:
+    """Return a number with three digits."""
+    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
