@@ -27,7 +27,7 @@ from difflex.evaluation.concepts.results import (
 from difflex.evaluation.effect import ModelEffect, ReplacementEffect
 from difflex.evaluation.reconstruction import ReconstructionMetrics, ReconstructionQuality
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
-from difflex.features.entries import Example, FeatureStats, ImageFile, TokenMap
+from difflex.features.entries import Example, FeatureNeighbour, FeatureStats, ImageFile, TokenMap
 from difflex.features.explanations import Explanation, ExplanationScore
 from difflex.files import file_sha256
 from difflex.records import Shot, Site
@@ -170,6 +170,7 @@ def write_book(
     coverage: float = 0.25,
     data: str = "made",
     captions: Mapping[int, str] | None = None,
+    neighbours: Mapping[int, Sequence[FeatureNeighbour]] | None = None,
 ) -> None:
     """Write the book of a dictionary: each feature fires in six images of its colour; some have explanations with an accuracy.
 
@@ -210,6 +211,8 @@ def write_book(
             for f in range(features)
             for i in range(6)
         )
+        for feature, entries in (neighbours or {}).items():
+            writer.add_neighbours(feature, entries)
     with Book.edit(study.book(*place)) as book:
         for feature, (text, accuracy) in (explained or {}).items():
             for protocol, more in (("heldout", 0.0), ("paper", 0.1)):

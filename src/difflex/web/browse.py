@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
-from fastapi import Depends, FastAPI, Query
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
+from starlette.datastructures import URL
 from starlette.exceptions import HTTPException
 
 from difflex.errors import BadInput, DifflexError
@@ -37,15 +38,30 @@ def _query(
     where: Conditions = [],  # noqa: B006 (FastAPI copies it)
     concept: Words = "",
     q: Words = "",
+    like: Annotated[int | None, Query(ge=0, le=10**9)] = None,
 ) -> WallQuery:
     """Read the query of a wall from an address."""
     if any(len(text) > LONGEST for text in where):
         raise BadInput(f"A condition has more than {LONGEST} letters. Write a column, one of < <= > >= = and a number.")
     conditions = [part.strip() for text in where for part in text.split(",")]
-    return WallQuery(sort, ascending, tuple(filter(None, conditions)), concept, q)
+    return WallQuery(sort, ascending, tuple(filter(None, conditions)), concept, q, like)
 
 
 AskedWall = Annotated[WallQuery, Depends(_query)]
+
+
+class _Chip(NamedTuple):
+    """A condition of a wall that has no field of its own, and the address of the wall without it."""
+
+    name: str
+    value: str
+    text: str
+    without: str
+
+
+def _chips(url: URL, query: WallQuery) -> list[_Chip]:
+    texts = {} if query.like is None else {"like": (str(query.like), f"like feature {query.like}")}
+    return [_Chip(name, *texts[name], f"?{url.remove_query_params([name, 'token']).query}") for name in texts]
 
 
 def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
@@ -64,7 +80,10 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
         offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
         limit: Annotated[int, Query(ge=1, le=MOST_TILES)] = TILES,
     ) -> WallAnswer:
-        """Features of a dictionary as tiles: sorted, filtered by conditions such as `density<0.01`, by concept or by words."""
+        """Features of a dictionary as tiles: sorted, filtered by conditions such as `density<0.01`, by concept or by words.
+
+        `like` shows a feature and its neighbours, nearest first.
+        """
         return catalogue.wall(catalogue.find(site, label), query, offset, limit)
 
     @app.get("/api/dictionaries/{site}/{label}/features/{feature}")
@@ -90,11 +109,11 @@ def _add_pages(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
         return RedirectResponse(place(str(first.site), first.label), 307)
 
     @app.get("/d/{site}/{label}", include_in_schema=False)
-    def wall(site: str, label: str, query: AskedWall) -> Response:
+    def wall(request: Request, site: str, label: str, query: AskedWall) -> Response:
         ref = catalogue.find(site, label)
         answer = catalogue.wall(ref, query, 0, TILES)
         choices = {"dictionaries": catalogue.dictionaries(), "concepts": catalogue.concepts(ref), "sorts": SORTS}
-        return pages.render("wall.html", title=str(ref), wall=answer, asked=query, **choices)
+        return pages.render("wall.html", title=str(ref), wall=answer, asked=query, chips=_chips(request.url, query), **choices)
 
     @app.get("/d/{site}/{label}/{feature}", include_in_schema=False)
     def feature(site: str, label: str, feature: int) -> Response:

@@ -58,6 +58,8 @@ class WallQuery(NamedTuple):
     """Only features that detect this concept best."""
     words: str = ""
     """Only features that are found by these words."""
+    like: int | None = None
+    """Only this feature and its neighbours, nearest first."""
 
 
 class _Stamp(NamedTuple):
@@ -232,7 +234,17 @@ class Catalogue:
         """Return the features of a query; kept for the next part of the same wall."""
         words = query.words.strip()
         found = [hit.feature for hit in search(self.study, words, table.ref, FOUND)] if words else None
+        if query.like is not None:
+            similar = self._similar(table.ref, query.like)
+            found = similar if found is None else [feature for feature in similar if feature in set(found)]
         return table.select(query, found)
+
+    def _similar(self, ref: DictionaryRef, feature: int) -> list[int]:
+        """Return a feature and its neighbours, each once, nearest first."""
+        with self._book(ref) as book:
+            book.feature(feature)  # an unknown one is an error
+            nearest = sorted(book.neighbours(feature), key=lambda entry: -entry.value)
+        return [*dict.fromkeys([feature, *(entry.feature for entry in nearest)])]
 
     def _table(self, ref: DictionaryRef) -> _FeatureTable:
         """Return the present table of a dictionary."""
