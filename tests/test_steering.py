@@ -18,7 +18,7 @@ from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisatio
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, StaleWork, UnknownName
 from difflex.files import Json
 from difflex.pipeline import Pipeline
-from difflex.records import ActivationBatch, Edit, HookContext, Rectangle, Shot, Site, TransplantSource
+from difflex.records import ActivationBatch, Edit, HookContext, Rectangle, RegionMap, Shot, Site, TransplantSource
 from difflex.steering import (
     EditRecord,
     SteeringHook,
@@ -169,6 +169,49 @@ def test_an_image_as_a_region_covers_its_light_part(tmp_path: Path):
     mask.save(tmp_path / "mask.png")
     region = read_region(str(tmp_path / "mask.png"))
     assert region is not None and region_tokens(region, GRID).nonzero()[:, 0].tolist() == [1]
+
+
+def test_a_region_map_multiplies_the_change_at_each_token():
+    weights = [[0.0] * GRID[1] for _ in range(GRID[0])]
+    weights[0][1], weights[1][2] = 1.0, 0.2
+    full, mapped = edited(X, edit(strength=2.0)), edited(X, edit(strength=2.0, region=RegionMap.of(weights)))
+    by_token = torch.tensor(weights).flatten()
+    assert torch.equal(mapped[:, by_token == 0], X[:, by_token == 0])
+    assert torch.equal(mapped[:, by_token == 1], full[:, by_token == 1])
+    expected = X + by_token[:, None] * (full - X)
+    torch.testing.assert_close(mapped, expected, atol=1e-5, rtol=1e-5)
+    removed, ablated = (edited(X, edit("ablate", region=region)) for region in (RegionMap.of(weights), None))
+    torch.testing.assert_close(removed, X + by_token[:, None] * (ablated - X), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("operation", ["add", "set", "ablate", "replace"])
+def test_a_region_map_of_ones_is_the_rectangle_of_the_same_tokens(operation: str):
+    half = [[float(column >= GRID[1] // 2) for column in range(GRID[1])] for _ in range(GRID[0])]
+    assert torch.equal(
+        edited(X, edit(operation, region=RegionMap.of(half))), edited(X, edit(operation, region=Rectangle(0.5, 0, 1, 1)))
+    )
+
+
+def test_a_region_map_is_averaged_onto_a_coarser_grid():
+    columns = 2 * GRID[1]
+    fine = [[float(column == 0) for column in range(columns)] for _ in range(2 * GRID[0])]
+    change = (edited(X, edit(region=RegionMap.of(fine))) - X) / (edited(X, edit()) - X)
+    assert change.view(len(X), *GRID, -1)[:, :, 0].nanmean() == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "weights", "problem"),
+    [
+        (2, 2, "AAAAAA==", "has no byte above 0"),
+        (2, 2, "/w==", "has 1 bytes"),
+        (2, 2, "%", "not base64"),
+        (0, 2, "/w==", "0 x 2 is not possible"),
+        (10**9, 10**9, "/w==", "is not possible"),
+    ],
+)
+def test_a_region_map_that_is_none_is_refused(rows: int, columns: int, weights: str, problem: str):
+    with pytest.raises(BadInput, match=problem):
+        RegionMap(rows=rows, columns=columns, weights=weights)
 
 
 def test_a_region_smaller_than_a_token_is_the_token_it_lies_in():
@@ -535,7 +578,7 @@ def record(path: Path) -> dict:
         ('"strength": 1.0', '"strength": true', "not a finite number"),
         ('"region": null', '"region": [0, 0, 2, 1]', "outside the image"),
         ('"region": null', '"region": [0, 0, 1]', "3 items, not 4"),
-        ('"region": null', '"region": {}', "not a list"),
+        ('"region": null', '"region": {}', "'region' is incomplete"),
         ('"steps": null', '"steps": [3, 1]', "START below END"),
         ('"steps": null', '"steps": [3, 1, 1]', "3 items, not 2"),
         ('"features": [', '"features": ["x", ', "whole number"),

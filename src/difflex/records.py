@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from difflex.choices import Operation, Unit
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
@@ -31,6 +32,7 @@ __all__ = [
     "HookContext",
     "JsonRecord",
     "Rectangle",
+    "RegionMap",
     "Shot",
     "Site",
 ]
@@ -41,6 +43,8 @@ Stream = Literal["image", "text"]
 Split = Literal["train", "held-out"]
 Half = Literal["conditional", "unconditional"]
 """The two predictions of a denoiser under classifier-free guidance."""
+MOST_ROWS = 1024
+"""Rows or columns of a region map."""
 KINDS: tuple[Kind, ...] = ("residual", "update", "neurons")
 STREAMS: tuple[Stream, ...] = ("image", "text")
 SMOOTH = "smooth"
@@ -192,12 +196,56 @@ class Rectangle(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RegionMap:
+    """How much each token of an image is edited, as text that fits into a record: what a brush painted, or a feature's map."""
+
+    rows: int
+    columns: int
+    weights: str
+    """A byte for each token in row-major order, in base64: 0 is not edited, 255 is edited in full."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not (0 < self.rows <= MOST_ROWS and 0 < self.columns <= MOST_ROWS):
+            raise BadInput(
+                f"A region map of {self.rows} x {self.columns} is not possible. Use 1 to {MOST_ROWS} rows and columns."
+            )
+        if len(self.levels) != self.rows * self.columns or not any(self.levels):
+            found = f"{len(self.levels):,} bytes" if any(self.levels) else "no byte above 0"
+            raise BadInput(f"A region map of {self.rows} x {self.columns} has {found}. Give a byte for each token, some above 0.")
+
+    @property
+    def levels(self) -> bytes:
+        """The weights in 255ths."""
+        try:
+            return b64decode(self.weights, validate=True)
+        except ValueError as error:
+            raise BadInput(f"The weights of a region map are not base64: {shown(self.weights)}.") from error
+
+    @classmethod
+    def of(cls, weights: Sequence[Sequence[float]]) -> RegionMap:
+        """Return the map of rows of weights from 0 to 1."""
+        if (
+            not weights
+            or len({len(row) for row in weights}) > 1
+            or not all(0 <= weight <= 1 for row in weights for weight in row)
+        ):
+            raise BadInput("A region map is made of rows of the same length, with weights from 0 to 1.")
+        levels = bytes(round(255 * weight) for row in weights for weight in row)
+        return cls(rows=len(weights), columns=len(weights[0]), weights=b64encode(levels).decode())
+
+
+Region = Rectangle | RegionMap | str
+"""A part of an image to edit: a rectangle, a map, the name of a mask image (light where to edit), or `fires`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransplantSource:
     """The generation from which a transplant takes the maps of its features."""
 
     prompt: str
     seed: int = 0
-    region: Rectangle | str | None = None
+    region: Region | None = None
     """A part of it, in the notation of `Edit.region`; its centre is placed at the centre of the edit's region."""
 
     def __post_init__(self) -> None:
@@ -226,9 +274,10 @@ class Edit:
     unit: Unit = "peak"
     """A strength of 1 is: the feature's largest code; its mean code where it fires; the mean norm of the site's activations in
     training; the mean norm of the image's activations at the moment of the edit; a code of 1. A scale has no unit."""
-    region: Rectangle | str | None = None
-    """The part of the image to edit: a rectangle, the name of a mask image (light where to edit), or `fires` for the tokens at
-    which one of the features fires; None for all of it."""
+    region: Region | None = None
+    """The part of the image to edit: a rectangle, a map, the name of a mask image (light where to edit), or `fires` for the
+    tokens at which one of the features fires; None for all of it. A map multiplies the change at each token; a replace edits
+    the tokens of half weight or more."""
     steps: tuple[int, int] | None = None
     """The range of steps to edit, its end excluded; None for all."""
     half: Literal["conditional", "both", "opposed"] = "conditional"
@@ -295,7 +344,7 @@ def check_contrast_name(name: str) -> None:
         raise BadInput(f"{shown(name)} cannot be the name of a contrast. Use up to 100 letters, digits, '.', '_' and '-'.")
 
 
-def _check_region(region: Rectangle | str | None) -> None:
+def _check_region(region: Region | None) -> None:
     if isinstance(region, Rectangle) and not (0 <= region.left < region.right <= 1 and 0 <= region.top < region.bottom <= 1):
         text = ",".join(f"{edge:g}" for edge in region)
         raise BadInput(
@@ -350,8 +399,9 @@ def _to_json(value: object) -> Any:
 def _from_json(kind: Any, entry: Any, name: str) -> Any:
     """Return the value of the type `kind` that `_to_json` made `entry` of; raise `BadInput` or `UnknownName` if there is none."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is UnionType:  # X | None, or X | str | None
+    if origin in (Union, UnionType):  # X | None, or X | Record | str | None
         fitting = [argument for argument in arguments if argument in (str, NoneType) and fits(argument, entry)]
+        fitting += [argument for argument in arguments if is_dataclass(argument) and isinstance(entry, dict)]
         return _from_json((fitting or arguments)[0], entry, name)
     if kind in PLAIN or origin is Literal:
         check_value(kind, entry, name)

@@ -9,14 +9,14 @@ from typing import Any, Literal, final
 
 from difflex.errors import BadInput
 from difflex.explore.workspace import Workspace
-from difflex.records import Edit, Rectangle
+from difflex.records import Edit, Rectangle, RegionMap
 from difflex.steering import SteeringHook, check_origin, steering_hooks
 from difflex.values import shown
 
 __all__ = ["Editing", "FeatureEdits", "Half", "Region", "read_region"]
 
-Region = Rectangle | tuple[float, float, float, float] | str
-"""(left, top, right, bottom) in fractions of the image, the name of a mask image, or `fires`."""
+Region = Rectangle | RegionMap | tuple[float, float, float, float] | str
+"""(left, top, right, bottom) in fractions of the image, weights of its tokens, the name of a mask image, or `fires`."""
 Half = Literal["conditional", "both", "opposed"]
 
 
@@ -88,9 +88,9 @@ class FeatureEdits(Editing):
         return f"<edits: {self}>"
 
 
-def read_region(region: Region | None) -> Rectangle | str | None:
+def read_region(region: Region | None) -> Rectangle | RegionMap | str | None:
     """Return a region as edits have it."""
-    if region is None or isinstance(region, Rectangle | str):
+    if region is None or isinstance(region, Rectangle | RegionMap | str):
         return region
     if not isinstance(region, tuple | list) or len(region) != 4:
         raise BadInput(

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from difflex.errors import BadInput
 from difflex.images import open_image
-from difflex.records import Edit, HookContext, Rectangle, Site
+from difflex.records import Edit, HookContext, Rectangle, Region, RegionMap, Site
 from difflex.steering.features import EditFeatures
 
 Grid = tuple[int, int]
-Region = Rectangle | Bool[Tensor, "row column"]
-"""A rectangle, or the light part of an image."""
+RegionShape = Rectangle | Bool[Tensor, "row column"] | Float[Tensor, "row column"]
+"""A rectangle, the light part of an image, or the weights of a map."""
 
 
 class SteeringHook(NamedTuple):
@@ -99,7 +99,7 @@ class _PreparedEdit:
     edit: Edit
     features: EditFeatures
     amounts: Float[Tensor, " feature"]
-    region: Region | None
+    region: RegionShape | None
     maps: TransplantMaps | None
 
     @classmethod
@@ -136,10 +136,11 @@ class _PreparedEdit:
         """Yield images, their tokens that change, and by how much (of a replace: what replaces them)."""
         self.features.check_use(self.edit.site, x, context)
         sign = -1.0 if self.edit.half == "opposed" and context.half == "unconditional" else 1.0
-        tokens = self._tokens(x, context)
+        tokens, weights = self._tokens(x, context)
         lengths = x.float().norm(dim=-1).mean(1) if self._is_relative else None
         if self.edit.operation in ("add", "replace") and self.edit.region != "fires":
             value = sign * (self.amounts.to(x.device) @ self.features.decoder.to(x.device))
+            value = value if weights is None else weights[:, None] * value
             if self.edit.operation == "replace" or bool(value.any()):
                 yield slice(None), tokens, value if lengths is None else lengths[:, None, None] * value
             return
@@ -147,6 +148,7 @@ class _PreparedEdit:
         for number, row in enumerate(x):
             codes = self.features.codes(row[inside].float())
             delta = self._new_codes(codes, inside, context) - codes
+            delta = delta if weights is None else weights[:, None] * delta
             delta = delta if lengths is None else lengths[number] * delta
             changed = (delta != 0).any(1)
             if self.edit.region == "fires":
@@ -159,12 +161,16 @@ class _PreparedEdit:
         """Whether the strength is in norms of the activations that are edited."""
         return self.edit.unit == "current-norm" and self.edit.operation in ("add", "replace")
 
-    def _tokens(self, x: Tensor, context: HookContext) -> Bool[Tensor, " token"] | slice:
+    def _tokens(self, x: Tensor, context: HookContext) -> tuple[Bool[Tensor, " token"] | slice, Float[Tensor, " inside"] | None]:
+        """Return the tokens to edit, and the weight of each; None where all have the weight 1."""
         if self.region is None:
-            return slice(None)
+            return slice(None), None
         if context.grid is None:
             raise BadInput(f"The tokens of {self.edit.site} have no place in the image. Leave the region out.")
-        return region_tokens(self.region, context.grid).to(x.device)
+        if isinstance(self.region, Tensor) and self.region.is_floating_point() and self.edit.operation != "replace":
+            weights = _resampled(self.region, context.grid).flatten().to(x.device)
+            return weights > 0, weights[weights > 0]
+        return region_tokens(self.region, context.grid).to(x.device), None
 
     def _new_codes(self, codes: Float[Tensor, "token feature"], tokens: Tensor, context: HookContext) -> Tensor:
         amounts = self.amounts.to(codes)
@@ -219,7 +225,7 @@ class TransplantMaps:
         return torch.where(replaced[:, None], codes, current)
 
 
-def _tokens_or_all(region: Region | None, grid: Grid) -> Bool[Tensor, " token"]:
+def _tokens_or_all(region: RegionShape | None, grid: Grid) -> Bool[Tensor, " token"]:
     return torch.ones(grid[0] * grid[1], dtype=torch.bool) if region is None else region_tokens(region, grid)
 
 
@@ -247,10 +253,15 @@ def rectangle(numbers: Sequence[float], pixels: tuple[int, int] | None = None) -
     return Rectangle(left, top, right, bottom)
 
 
-def read_region(region: Rectangle | str | None) -> Region | None:
-    """Return a region in the notation of `Edit.region`, with the light part of an image in place of its name."""
-    if region is None or region == "fires" or isinstance(region, Rectangle):
-        return region if isinstance(region, Rectangle) else None
+def read_region(region: Region | None) -> RegionShape | None:
+    """Return the shape of a region: the light part of an image in place of its name, weights in place of a map."""
+    if region is None or region == "fires":
+        return None
+    if isinstance(region, Rectangle):
+        return region
+    if isinstance(region, RegionMap):
+        levels = torch.frombuffer(bytearray(region.levels), dtype=torch.uint8)
+        return levels.view(region.rows, region.columns) / 255
     grey = open_image(Path(region), "L")
     light = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(grey.height, grey.width) >= 128
     if not bool(light.any()):
@@ -258,9 +269,9 @@ def read_region(region: Rectangle | str | None) -> Region | None:
     return light
 
 
-def region_tokens(region: Region, grid: Grid) -> Bool[Tensor, " token"]:
+def region_tokens(region: RegionShape, grid: Grid) -> Bool[Tensor, " token"]:
     """Return the tokens that `region` covers by half or more; in a smaller region, those it covers most."""
-    shares = _rectangle_shares(region, grid) if isinstance(region, Rectangle) else _image_shares(region, grid)
+    shares = _rectangle_shares(region, grid) if isinstance(region, Rectangle) else _resampled(region, grid)
     shares = shares.flatten()
     return shares >= min(0.5, float(shares.max()))
 
@@ -274,6 +285,6 @@ def _rectangle_shares(region: Rectangle, grid: Grid) -> Float[Tensor, "row colum
     return torch.outer(along(region.top, region.bottom, rows), along(region.left, region.right, columns)).float()
 
 
-def _image_shares(light: Bool[Tensor, "row column"], grid: Grid) -> Float[Tensor, "row column"]:
-    """Return the share of each token that is light."""
-    return F.adaptive_avg_pool2d(light.float()[None], grid)[0]
+def _resampled(region: Tensor, grid: Grid) -> Float[Tensor, "row column"]:
+    """Return the mean of a mask or of weights over each token."""
+    return F.adaptive_avg_pool2d(region.float()[None], grid)[0]
