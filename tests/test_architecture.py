@@ -156,6 +156,7 @@ INNER_DOORS = {
     "features.detected",
     "features.entries",
     "features.explanations",
+    "features.votes",
     "miniature.captions",
     "miniature.judge",
     "miniature.world",

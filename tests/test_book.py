@@ -103,7 +103,7 @@ def test_examples_are_read_with_their_maps(path: Path):
         assert top.map.tokens == (0, 3) and top.map.values == pytest.approx((4.0, 2.0), rel=1e-4)
         assert (silent.kind, silent.map) == ("silent", TokenMap((), ()))
         [sampled] = book.examples(1, kind="quantile", split="held-out")
-        assert sampled.quantile == 0.25 and book.example(sampled.id) == sampled
+        assert sampled.quantile == 0.25 and book.examples_by_number([sampled.id]) == {sampled.id: sampled}
         assert book.examples(1, kind="top") == [] and book.examples(1, split="train") == []
 
 

@@ -176,7 +176,7 @@ def test_books_that_are_made_again_keep_their_explanations(study: Study, capsys:
             [entry] = book.explanations()
             [judgement] = book.judgements(entry.id)
             assert entry.text == "round" and book.about.images == 16
-            assert judgement.example is None or book.example(judgement.example).feature == 7
+            assert judgement.example is None or book.examples_by_number([judgement.example])[judgement.example].feature == 7
         assert main([*words, "--images", "16", "--discard-explanations"]) == 0
         output = capsys.readouterr().out
         assert "1 explanations discarded" in output and f"{path}: up to date" in output

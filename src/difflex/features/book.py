@@ -169,12 +169,10 @@ class Book:
         order = "CASE kind WHEN 'top' THEN 0 WHEN 'quantile' THEN 1 ELSE 2 END, split = 'held-out', rank"
         return self._examples(f"{condition} ORDER BY {order}", feature, kind, split)
 
-    def example(self, example: int) -> Example:
-        """Return an example by its number."""
-        examples = self._examples("id = ?", example)
-        if not examples:
-            raise UnknownName(f"{self.path} has no example {example}.")
-        return examples[0]
+    def examples_by_number(self, numbers: Iterable[int]) -> dict[int, Example]:
+        """Return the examples of these numbers, by number."""
+        condition = "id IN (SELECT value FROM json_each(?))"
+        return {example.id: example for example in self._examples(condition, json.dumps(sorted(set(numbers))))}
 
     def strongest(self, features: Iterable[int]) -> dict[int, Example]:
         """Return the example with the highest peak of each of `features` that has any."""

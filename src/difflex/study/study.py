@@ -234,6 +234,10 @@ class Study:
         """The folder of the answers of VLMs and their evaluation."""
         return self.folder / "explanations"
 
+    def votes(self, site: Site | str, label: str, feature: int) -> Path:
+        """The file with the votes of people on the explanations of a feature."""
+        return self.folder / "votes" / Site.parse(site).folder / label / f"{feature}.json"
+
     def scales(self, site: Site | str, label: str) -> Path:
         """The file with the units of strength of a dictionary's features."""
         return self.folder / "steering" / "scales" / Site.parse(site).folder / f"{label}.safetensors"

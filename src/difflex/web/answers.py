@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from difflex.features.entries import COVER_THRESHOLD, TokenMap
-
-__all__ = [
-    "DictionaryAnswer",
-    "ExampleAnswer",
-    "FeatureAnswer",
-    "FoundAnswer",
-    "NeighbourAnswer",
-    "ShownExplanation",
-    "TileAnswer",
-    "WallAnswer",
-]
 
 
 class Answer(BaseModel):
@@ -75,6 +65,8 @@ class ExampleAnswer(Answer):
     kind: str
     """`top`, `quantile` or `silent`."""
     split: str
+    shot: int
+    """Number of the shot in the book."""
     image: str
     width: int
     height: int
@@ -83,18 +75,67 @@ class ExampleAnswer(Answer):
     timestep: float | None
     peak: float
     """Largest value in this image."""
+    quantile: float | None
+    """For `quantile`: the share of the images in which it fires that have a lower peak."""
     levels: str
     """The value at each token of the grid in 255ths of the feature's peak, in row-major order, as base64; empty for text."""
+
+
+class JudgedImage(Answer):
+    """An image that a judge compared with an explanation."""
+
+    shot: int
+    image: str
+    prompt: str
+    covered: str
+    """The tokens that were marked, as in a tile."""
+    fires: bool
+    """Whether the feature fires in it."""
+    score: float
+    """How well it fits the explanation by the judge, between 0 and 1."""
 
 
 class ShownExplanation(Answer):
     """What a VLM says of a feature, and how true that is."""
 
     text: str
+    text_fingerprint: str
+    """What a vote names the text by."""
     backend: str
     protocol: str
     scores: dict[str, float]
     """By measure, such as accuracy."""
+    judged: list[JudgedImage]
+    agree: int
+    """Number of people who agree with it."""
+    disagree: int
+
+
+class Ballot(BaseModel):
+    """A vote on an explanation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    voter: Annotated[str, Field(pattern="^[A-Za-z0-9-]{8,40}$")]
+    """Random letters that a browser chose: the same ones replace its former vote."""
+    backend: Annotated[str, Field(max_length=200)]
+    protocol: Annotated[str, Field(max_length=200)]
+    text_fingerprint: Annotated[str, Field(max_length=64)]
+    """That of the explanation."""
+    agrees: bool
+
+    def is_on(self, entry: ShownExplanation) -> bool:
+        """Return whether the vote is on this explanation."""
+        return (self.backend, self.protocol, self.text_fingerprint) == (entry.backend, entry.protocol, entry.text_fingerprint)
+
+
+class AverageMap(Answer):
+    """Where a feature fires on average."""
+
+    images: int
+    """Number of random images in which it fires."""
+    levels: str
+    """The mean value at each token, as in an example, in 255ths of the largest mean."""
 
 
 class NeighbourAnswer(Answer):
@@ -125,6 +166,8 @@ class FeatureAnswer(Answer):
     """Timestep, and the share of tokens at which the feature fires there."""
     explanations: list[ShownExplanation]
     examples: list[ExampleAnswer]
+    """Of large maps only so many as fit into a quick answer."""
+    average: AverageMap | None
     neighbours: list[NeighbourAnswer]
     patch: str | None
     """Image that an ITDA atom was taken from."""

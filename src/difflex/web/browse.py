@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from difflex.errors import BadInput, DifflexError
 from difflex.features import ImageAlbum
-from difflex.web.answers import DictionaryAnswer, FeatureAnswer, FoundAnswer, WallAnswer
+from difflex.web.answers import Ballot, DictionaryAnswer, FeatureAnswer, FoundAnswer, ShownExplanation, WallAnswer
 from difflex.web.catalogue import MOST_TILES, SORTS, Catalogue, WallQuery
 from difflex.web.pages import Pages, place
 
@@ -90,6 +90,11 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
     def feature(site: str, label: str, feature: int) -> FeatureAnswer:
         """All that is known of a feature."""
         return catalogue.feature(catalogue.find(site, label), feature)
+
+    @app.post("/api/dictionaries/{site}/{label}/features/{feature}/votes")
+    def vote(site: str, label: str, feature: int, ballot: Ballot) -> ShownExplanation:
+        """Agree or disagree with an explanation of a feature; the answer is the explanation with all votes."""
+        return catalogue.vote(catalogue.find(site, label), feature, ballot)
 
     @app.get("/api/search")
     def search(q: Words) -> list[FoundAnswer]:

@@ -18,12 +18,13 @@ from difflex.errors import BadInput, DifflexError, UnknownName
 from difflex.explore.search import search
 from difflex.features import BestConcept, Book, FeatureFilter
 from difflex.features.detected import DetectedConcepts
-from difflex.features.entries import Example, FeatureStats
+from difflex.features.entries import FeatureStats
+from difflex.features.votes import vote
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
 from difflex.web.answers import (
+    Ballot,
     DictionaryAnswer,
-    ExampleAnswer,
     FeatureAnswer,
     FoundAnswer,
     NeighbourAnswer,
@@ -31,8 +32,8 @@ from difflex.web.answers import (
     TileAnswer,
     WallAnswer,
     covered_bits,
-    levels,
 )
+from difflex.web.feature import average_map, new_vote, shown_examples, shown_explanations
 
 __all__ = ["Catalogue", "WallQuery"]
 
@@ -171,7 +172,7 @@ class Catalogue:
             stats, grid, patch = book.feature(number), table.grid, book.patch(number)
             related = book.neighbours(number)
             tiles = {tile.feature: tile for tile in self._tiles(table, book, [entry.feature for entry in related])}
-            best, bins = table.concepts.get(number), stats.histogram
+            best, bins, examples = table.concepts.get(number), stats.histogram, book.examples(number)
             return FeatureAnswer(
                 site=str(ref.site),
                 label=ref.label,
@@ -183,12 +184,21 @@ class Catalogue:
                 ap=best.ap if best else None,
                 histogram=list(zip(bins.edges[:-1], bins.counts, strict=True)) if bins.counts else [],
                 activity=list(zip(book.about.timesteps, stats.activity, strict=True)) if stats.activity else [],
-                explanations=list(_explanations(book, number)),
-                examples=_examples(book, book.examples(number), stats.peak, grid),
+                explanations=list(shown_explanations(book, number, self.study.votes(*ref, number))),
+                examples=shown_examples(book, examples, stats.peak, grid),
+                average=average_map(examples, grid),
                 neighbours=[NeighbourAnswer(kind=entry.kind, value=entry.value, tile=tiles[entry.feature]) for entry in related],
                 patch=patch.image.file if patch and patch.image else None,
                 patch_token=patch.token if patch else None,
             )
+
+    def vote(self, ref: DictionaryRef, number: int, ballot: Ballot) -> ShownExplanation:
+        """Write a vote on an explanation of a feature into the study, and return the explanation with all votes."""
+        path = self.study.votes(*ref, number)
+        with self._book(ref) as book:
+            book.feature(number)  # an unknown one is an error
+            vote(path, new_vote(book, number, ballot))
+            return next(entry for entry in shown_explanations(book, number, path) if ballot.is_on(entry))
 
     def search(self, words: str, limit: int = 24) -> list[FoundAnswer]:
         """Return the features of all dictionaries that fit `words`, best first."""
@@ -293,29 +303,3 @@ def _concepts(study: Study, ref: DictionaryRef) -> dict[int, BestConcept]:
 def _figures(stats: FeatureStats) -> dict[str, float | None]:
     entries = asdict(stats)
     return {name: value for name, value in entries.items() if name not in ("feature", "histogram", "activity")}
-
-
-def _explanations(book: Book, feature: int) -> Iterator[ShownExplanation]:
-    for entry in book.explanations(feature):
-        if entry.state == "done":
-            scores = {score.measure: score.value for score in book.scores(entry.id)}
-            yield ShownExplanation(text=entry.text, backend=entry.backend, protocol=entry.protocol, scores=scores)
-
-
-def _examples(book: Book, examples: Sequence[Example], peak: float, grid: tuple[int, int] | None) -> list[ExampleAnswer]:
-    shots = book.shots(example.shot for example in examples)
-    return [
-        ExampleAnswer(
-            kind=example.kind,
-            split=example.split,
-            image=shots[example.shot].image.file,
-            width=shots[example.shot].image.width,
-            height=shots[example.shot].image.height,
-            prompt=shots[example.shot].shot.prompt,
-            seed=shots[example.shot].shot.seed,
-            timestep=shots[example.shot].shot.timestep,
-            peak=example.peak,
-            levels=levels(example.map, peak or 1.0, grid),
-        )
-        for example in examples
-    ]

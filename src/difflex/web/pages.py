@@ -23,6 +23,11 @@ def place(site: str, label: str, feature: int | None = None) -> str:
     return address if feature is None else f"{address}/{feature}"
 
 
+def place_image(site: str, label: str, shot: int) -> str:
+    """Return the address of an image in the book of a dictionary, by its shot."""
+    return f"/image/{quote(site, safe=':')}/{quote(label)}/{shot}"
+
+
 @final
 @dataclass(frozen=True)
 class Pages:
@@ -32,7 +37,9 @@ class Pages:
 
     def render(self, template: str, status: int = 200, **values: object) -> HTMLResponse:
         """Return a page."""
-        return HTMLResponse(_environment().get_template(template).render(study=self.study, place=place, **values), status)
+        return HTMLResponse(
+            _environment().get_template(template).render(study=self.study, place=place, place_image=place_image, **values), status
+        )
 
     def problem(self, request: Request, status: int, sentence: str) -> Response:
         """Return an error as a page, or below /api as JSON."""
