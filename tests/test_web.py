@@ -18,8 +18,10 @@ import uvicorn
 from sample_study import new_study, write_book, write_dictionary, write_matches
 
 from difflex.cli import main
+from difflex.errors import BadInput
 from difflex.study import Study
 from difflex.web import make_app
+from difflex.web.books import BookPool
 
 SAE = "double.1:smooth/topk-12-k4"
 WALL, DATA = f"/d/{SAE}", f"/api/dictionaries/{SAE}/features"
@@ -221,3 +223,18 @@ def test_the_command_serves_until_it_is_stopped(study: Study, capsys: pytest.Cap
     assert main(["serve", str(study.folder / "nothing")]) == 2 and "is not a study" in capsys.readouterr().err
     assert main(["serve", str(study.folder), "--host", "not.a.name.invalid"]) == 2
     assert "is no address of this machine" in capsys.readouterr().err
+
+
+def test_books_stay_open_until_their_files_change(study: Study, tmp_path: Path):
+    path, pool = tmp_path / "book.sqlite", BookPool()
+    path.write_bytes(study.book(*study.find_dictionary(SAE)).read_bytes())
+    with pool.open(path) as first, pool.open(path) as second:
+        assert first is not second
+    with pool.open(path) as again:
+        assert again in (first, second)
+    path.with_suffix(".new").write_bytes(path.read_bytes())
+    path.with_suffix(".new").rename(path)
+    with pool.open(path) as replaced:
+        assert replaced not in (first, second) and len(replaced.images()) == 12
+    with pytest.raises(BadInput, match="closed"):
+        first.images()

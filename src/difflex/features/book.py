@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar, final
 
@@ -34,6 +35,7 @@ from difflex.sqlite import sqlite_errors, transaction
 SORT_COLUMNS = tuple(field.name for field in fields(FeatureStats) if field.name not in ("histogram", "activity"))
 """Numeric columns, by which features can be sorted and filtered."""
 T = TypeVar("T")
+EXAMPLE_COLUMNS = ", ".join(field.name for field in fields(Example) if field.name != "peak")
 IMAGE_COLUMNS = "images.id, file, width, height"
 BEST_SCORE = (
     "(SELECT max(value) FROM scores JOIN explanations ON explanations.id = explanation "
@@ -176,8 +178,10 @@ class Book:
 
     def strongest(self, features: Iterable[int]) -> dict[int, Example]:
         """Return the example with the highest peak of each of `features` that has any."""
-        condition = "feature IN (SELECT value FROM json_each(?)) AND kind = 'top' AND rank = 0 ORDER BY peak"
-        return {example.feature: example for example in self._examples(condition, json.dumps(sorted(set(features))))}
+        condition = "feature IN (SELECT value FROM json_each(?)) AND kind = 'top' AND rank = 0 GROUP BY feature"
+        # With one max() SQLite takes the other columns from the row that has it.
+        query = f"SELECT {EXAMPLE_COLUMNS}, max(peak) AS peak FROM examples WHERE {condition}"
+        return {example.feature: example for example in self._read(_example, query, json.dumps(sorted(set(features))))}
 
     def examples_at(self, shot: int) -> list[Example]:
         """Return the examples of all features that fire in a shot."""
@@ -338,8 +342,9 @@ def select_features(
     return rows if ascending else rows[::-1]
 
 
+@lru_cache(4096)
 def _shot(text: str) -> Shot:
-    """Return the shot written as JSON in `text`."""
+    """Return the shot written as JSON in `text`; kept, since the same images are those of many features."""
     return _from_json(Shot, json.loads(text), "a shot")
 
 

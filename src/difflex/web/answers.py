@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
 from typing import Annotated
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from difflex.features.entries import COVER_THRESHOLD, TokenMap
@@ -189,22 +189,19 @@ def covered_bits(where: TokenMap, peak: float, grid: tuple[int, int] | None) -> 
     """Return the tokens that a feature covers as bits in base64, the first token in the lowest bit of the first byte."""
     if grid is None:
         return ""
-    bits = bytearray(-(-grid[0] * grid[1] // 8))
-    for token, value in zip(*where, strict=True):
-        if value >= COVER_THRESHOLD * peak:
-            bits[token // 8] |= 1 << token % 8
-    return _text(bits)
+    covered = np.zeros(grid[0] * grid[1], dtype=bool)
+    covered[list(where.tokens)] = np.array(where.values) >= COVER_THRESHOLD * peak
+    return _text(np.packbits(covered, bitorder="little"))
 
 
 def levels(where: TokenMap, peak: float, grid: tuple[int, int] | None) -> str:
     """Return the values of a map in 255ths of `peak` as bytes in base64; what fires has at least 1."""
     if grid is None:
         return ""
-    values = bytearray(grid[0] * grid[1])
-    for token, value in zip(*where, strict=True):
-        values[token] = max(1, min(255, round(255 * value / peak)))
+    values = np.zeros(grid[0] * grid[1], dtype=np.uint8)
+    values[list(where.tokens)] = np.clip(np.rint(np.array(where.values) * (255 / peak)), 1, 255)
     return _text(values)
 
 
-def _text(content: Iterable[int]) -> str:
-    return base64.b64encode(bytes(content)).decode()
+def _text(content: np.ndarray) -> str:
+    return base64.b64encode(content.tobytes()).decode()

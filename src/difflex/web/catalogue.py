@@ -6,7 +6,7 @@ import operator
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, final
@@ -33,6 +33,7 @@ from difflex.web.answers import (
     WallAnswer,
     covered_bits,
 )
+from difflex.web.books import BookPool
 from difflex.web.feature import average_map, new_vote, shown_examples, shown_explanations
 
 __all__ = ["Catalogue", "WallQuery"]
@@ -46,6 +47,10 @@ DETECTS, DETECTED = 0.5, 0.8
 FOUND = 200
 """Most features that words find."""
 MOST_TILES = 120
+SAMPLE = 60
+"""Shots that are looked through for a prompt."""
+MOST_KEPT = 20_000
+"""Tiles of a dictionary that are kept in memory."""
 
 
 class WallQuery(NamedTuple):
@@ -88,6 +93,8 @@ class _FeatureTable:
     """The best explanation of each feature."""
     choices: tuple[str, ...]
     """Concepts that some feature detects best."""
+    tiles: dict[int, TileAnswer] = field(default_factory=dict)
+    """Tiles that were shown, to show them again."""
 
     @property
     def detected(self) -> int:
@@ -129,6 +136,7 @@ class Catalogue:
     def __init__(self, study: Study) -> None:
         self.study = study
         self._tables: dict[DictionaryRef, _FeatureTable] = {}
+        self._books = BookPool()
         self._lock = threading.Lock()
         self._selected = lru_cache(64)(self._select)
 
@@ -150,6 +158,20 @@ class Catalogue:
     def find(self, site: str, label: str) -> DictionaryRef:
         """Return the dictionary of this name."""
         return self.study.find_dictionary(f"{Site.parse(site)}/{label}")
+
+    def grid(self, ref: DictionaryRef) -> tuple[int, int] | None:
+        """Return the rows and columns of the tokens of a dictionary in an image; None for text."""
+        return self._table(ref).grid
+
+    def tiles(self, ref: DictionaryRef, features: Sequence[int]) -> list[TileAnswer]:
+        """Return features of a dictionary as tiles."""
+        with self._book(ref) as book:
+            return self._tiles(self._table(ref), book, features)
+
+    def prompts(self, ref: DictionaryRef) -> list[str]:
+        """Return some prompts of the images in the book of a dictionary."""
+        with self._book(ref) as book:
+            return [row.shot.prompt for row in book.shots(range(SAMPLE)).values()]
 
     def concepts(self, ref: DictionaryRef) -> tuple[str, ...]:
         """Return the concepts that features of a dictionary detect."""
@@ -220,25 +242,13 @@ class Catalogue:
         return answers
 
     def _tiles(self, table: _FeatureTable, book: Book, features: Sequence[int]) -> list[TileAnswer]:
-        strongest = book.strongest(features)
-        shots = book.shots(example.shot for example in strongest.values())
-        tiles = []
-        for feature in features:
-            example, best, peak = strongest.get(feature), table.concepts.get(feature), float(table.columns["peak"][feature])
-            score = float(table.columns["score"][feature])
-            tiles.append(
-                TileAnswer(
-                    feature=feature,
-                    label=table.label(feature),
-                    ap=best.ap if best else None,
-                    score=None if np.isnan(score) else score,
-                    density=float(table.columns["density"][feature]),
-                    peak=peak,
-                    image=shots[example.shot].image.file if example else None,
-                    covered=covered_bits(example.map, example.peak, table.grid) if example else "",
-                )
-            )
-        return tiles
+        """Return the tiles of features, out of memory where they were shown before."""
+        tiles = {feature: tile for feature in features if (tile := table.tiles.get(feature)) is not None}
+        made = {tile.feature: tile for tile in _new_tiles(table, book, [n for n in features if n not in tiles])}
+        if len(table.tiles) > MOST_KEPT:
+            table.tiles.clear()
+        table.tiles.update(made)
+        return [made.get(feature) or tiles[feature] for feature in features]
 
     def _select(self, table: _FeatureTable, query: WallQuery) -> np.ndarray:
         """Return the features of a query; kept for the next part of the same wall."""
@@ -287,7 +297,7 @@ class Catalogue:
 
     @contextmanager
     def _book(self, ref: DictionaryRef) -> Iterator[Book]:
-        with Book.open(self.study.book(*ref)) as book:
+        with self._books.open(self.study.book(*ref)) as book:
             yield book
 
 
@@ -298,6 +308,24 @@ def _concepts(study: Study, ref: DictionaryRef) -> dict[int, BestConcept]:
     except DifflexError:
         return {}
     return dict(detected.by_feature) if detected is not None and detected.is_current else {}
+
+
+def _new_tiles(table: _FeatureTable, book: Book, features: Sequence[int]) -> Iterator[TileAnswer]:
+    strongest = book.strongest(features) if features else {}
+    shots = book.shots(example.shot for example in strongest.values()) if features else {}
+    for feature in features:
+        example, best, peak = strongest.get(feature), table.concepts.get(feature), float(table.columns["peak"][feature])
+        score = float(table.columns["score"][feature])
+        yield TileAnswer(
+            feature=feature,
+            label=table.label(feature),
+            ap=best.ap if best else None,
+            score=None if np.isnan(score) else score,
+            density=float(table.columns["density"][feature]),
+            peak=peak,
+            image=shots[example.shot].image.file if example else None,
+            covered=covered_bits(example.map, example.peak, table.grid) if example else "",
+        )
 
 
 def _figures(stats: FeatureStats) -> dict[str, float | None]:
