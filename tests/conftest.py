@@ -8,6 +8,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISAB
 gc.disable()  # until all is imported: millions of objects are made, and all are kept
 
 import torch  # noqa: E402
+from skips import pytest_terminal_summary  # noqa: E402, F401 (a hook)
 
 torch.set_num_threads(1)
 

@@ -2,31 +2,18 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
+from real_browser import browser  # noqa: F401 (a fixture)
 from sample_study import control_study, full_study, new_study, write_anatomy, write_evaluation, write_matches
 
 from difflex.evaluation.concepts import Concept
 from difflex.report import write_report
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 VIEWS = [(width, scheme) for width in (390, 1400) for scheme in ("light", "dark")]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if executable is None:
-        pytest.skip(f"no browser: install chromium, so that one of {', '.join(BROWSERS)} is on the path")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=[*OPTIONS, "--no-first-run"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +67,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(study)[0]
 
 
-def open_page(browser: Browser, page: Path, width: int, scheme: str) -> Iterator[Page]:
+def open_page(browser: Browser, page: Path, width: int, scheme: str) -> Iterator[Page]:  # noqa: F811 (the fixture)
     """Yield `page` in a window; requests to the network and messages on the console are errors."""
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme="dark" if scheme == "dark" else "light", reduced_motion="reduce"
@@ -96,22 +83,22 @@ def open_page(browser: Browser, page: Path, width: int, scheme: str) -> Iterator
 
 
 @pytest.fixture(params=VIEWS, ids=lambda view: f"{view[0]}-{view[1]}")
-def view(request: pytest.FixtureRequest, browser: Browser, usual: Path) -> Iterator[Page]:
+def view(request: pytest.FixtureRequest, browser: Browser, usual: Path) -> Iterator[Page]:  # noqa: F811 (the fixture)
     yield from open_page(browser, usual, *request.param)
 
 
 @pytest.fixture(params=VIEWS[::3], ids=lambda view: f"{view[0]}-{view[1]}")
-def full(request: pytest.FixtureRequest, browser: Browser, crowded: Path) -> Iterator[Page]:
+def full(request: pytest.FixtureRequest, browser: Browser, crowded: Path) -> Iterator[Page]:  # noqa: F811 (the fixture)
     yield from open_page(browser, crowded, *request.param)
 
 
 @pytest.fixture
-def desk(browser: Browser, usual: Path) -> Iterator[Page]:
+def desk(browser: Browser, usual: Path) -> Iterator[Page]:  # noqa: F811 (the fixture)
     yield from open_page(browser, usual, 1400, "light")
 
 
 @pytest.fixture
-def phone(browser: Browser, usual: Path) -> Iterator[Page]:
+def phone(browser: Browser, usual: Path) -> Iterator[Page]:  # noqa: F811 (the fixture)
     yield from open_page(browser, usual, 390, "light")
 
 
