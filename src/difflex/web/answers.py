@@ -17,6 +17,13 @@ class Answer(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
 
 
+class ProblemAnswer(Answer):
+    """Why there is no other answer."""
+
+    error: str
+    """A sentence that says what was wrong, and what to do."""
+
+
 class DictionaryAnswer(Answer):
     """A dictionary of the study."""
 

@@ -24,6 +24,8 @@ MOST_BYTES = 1 << 20
 """The largest body of a request."""
 MOST_TARGET = 8192
 """The longest path and query."""
+MOST_HEADERS = 16_384
+"""Bytes of the names and values of headers."""
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; img-src 'self' data: blob:; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -79,6 +81,10 @@ class Guard:
             return PlainTextResponse("Requests from pages of other sites are refused.", 403)
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MOST_TARGET:
             return PlainTextResponse(f"The address is longer than {MOST_TARGET:,} characters.", 414)
+        if sum(len(name) + len(value) for name, value in headers.raw) > MOST_HEADERS:
+            return PlainTextResponse(
+                f"The headers have more than {MOST_HEADERS:,} bytes. Delete the cookies of this address.", 431
+            )
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MOST_BYTES:
             return PlainTextResponse(f"A request may have {MOST_BYTES:,} bytes.", 413)
