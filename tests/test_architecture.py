@@ -81,7 +81,7 @@ ARROWS: dict[str, set[str]] = {
         "store",
         "study",
     },
-    "web": {*GROUND, "_version", "explore", "features", "study"},
+    "web": {*GROUND, "_version", "effects", "explore", "features", "steering", "study"},
     "difflex": {
         *GROUND,
         "dictionaries",
@@ -167,6 +167,7 @@ INNER_DOORS = {
     "store.live",
     "training.itda",
     "training.study",
+    "web.model",
 }
 
 # Tensors are the language of all stations but these, which stay light: they are imported before anybody asks for a tensor.
@@ -187,7 +188,6 @@ LIGHT = {
     "sqlite",
     "study",
     "tables",
-    "web",
 }
 
 # Outside package -> the stations where it is at home.
@@ -213,6 +213,7 @@ HOMES: dict[str, set[str]] = {
         "report",
         "steering",
         "testing",
+        "web",
     },
     "pydantic": {"explanation", "web"},
     "jinja2": {"report", "web"},

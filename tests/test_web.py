@@ -20,7 +20,7 @@ from sample_study import new_study, write_book, write_dictionary, write_matches
 from difflex.cli import main
 from difflex.errors import BadInput
 from difflex.study import Study
-from difflex.web import make_app
+from difflex.web import Studio, make_app
 from difflex.web.books import BookPool
 
 SAE = "double.1:smooth/topk-12-k4"
@@ -37,10 +37,10 @@ class Reply(NamedTuple):
 class Site:
     """A server on a real socket, and requests to it."""
 
-    def __init__(self, study: Study, token: str | None = None) -> None:
+    def __init__(self, study: Study, token: str | None = None, studio: Studio | None = None) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
-        self._server = uvicorn.Server(uvicorn.Config(make_app(study, token=token), log_level="error"))
+        self._server = uvicorn.Server(uvicorn.Config(make_app(study, studio, token=token), log_level="error"))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
         self._thread.start()
 
@@ -116,6 +116,11 @@ def test_a_page_shows_what_its_json_twin_says(site: Site):
     assert "detects red, AP 0.90" in site.get("/search?q=red").text
     assert site.get("/").headers["location"] == WALL
     assert {"/api/search", "/api/dictionaries"} <= site.json("/api")["paths"].keys()  # pyright: ignore
+
+
+def test_pages_are_served_before_torch_is_imported():
+    code = "import sys, difflex.web, difflex.commands.serve; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_texts_of_others_are_never_markup(site: Site):

@@ -90,16 +90,11 @@ def write_file(path: Path, content: bytes) -> str:
 
 def write_json(path: Path, format: int, entries: Mapping[str, object], indent: int | None = 1) -> Path:
     """Write `entries` to `path` atomically, with the format, the version of the package and a checksum; return `path`."""
-    write_file(path, json_text(format, entries, indent).encode())
-    return path
-
-
-def json_text(format: int, entries: Mapping[str, object], indent: int | None = 1) -> str:
-    """Return what `write_json` writes."""
     content = {"format": format, "difflex": __version__, **entries}
     # What is read back is summed: in JSON a tuple is a list, and the key 1 is "1".
     content["checksum"] = _checksum(json.loads(json.dumps(content, allow_nan=False)))
-    return json.dumps(content, indent=indent) + "\n"
+    write_file(path, (json.dumps(content, indent=indent) + "\n").encode())
+    return path
 
 
 def read_json(path: Path, format: int, advice: str, *, header: bool = False) -> dict[str, Any]:

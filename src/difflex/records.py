@@ -6,6 +6,7 @@ Importing them does not import torch.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
@@ -370,6 +371,10 @@ class JsonRecord:
             return write_json(Path(path), self.FORMAT, _to_json(self), self.INDENT)
         except ValueError as error:
             raise NonFinite(f"The results of difflex {self.COMMAND} hold NaN or infinity; {path} is not written.") from error
+
+    def as_text(self) -> str:
+        """Return a text that `load` reads from a file; without a checksum, so that it may be changed by hand."""
+        return json.dumps({"format": self.FORMAT, **_to_json(self)}, indent=self.INDENT, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls: type[Record], path: Path | str) -> Record:

@@ -5,13 +5,17 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, final
+from typing import TYPE_CHECKING, Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.commands.flags import number
+from difflex.commands.flags import StudyImagesCommand, number
+from difflex.commands.inputs import load_study_model, open_study
 from difflex.errors import BadInput, MissingExtra
-from difflex.study import Command, Study
+from difflex.study import Study
+
+if TYPE_CHECKING:
+    from difflex.web import Studio
 
 __all__ = ["ServeCommand"]
 
@@ -22,8 +26,8 @@ TRIED = 20
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ServeCommand(Command):
-    """Open a study in the browser: look at features where they fire, sort, filter and search them.
+class ServeCommand(StudyImagesCommand):
+    """Open a study in the browser: look at features where they fire, search them, and paint with them.
 
     The server listens on this machine alone. With --host of another address it demands a token, which it prints.
     """
@@ -38,7 +42,7 @@ class ServeCommand(Command):
     """Open the page in the browser of this machine."""
 
     def __call__(self) -> None:
-        study = Study.open(self.study)
+        study = open_study(self.study, self)
         try:
             import uvicorn
 
@@ -57,8 +61,28 @@ class ServeCommand(Command):
             import webbrowser
 
             webbrowser.open(url + (f"?token={token}" if token else ""))
-        config = uvicorn.Config(make_app(study, hosts, token), log_level="warning", server_header=False, timeout_keep_alive=5)
+        config = uvicorn.Config(
+            make_app(study, self.studio(study), hosts, token), log_level="warning", server_header=False, timeout_keep_alive=5
+        )
         uvicorn.Server(config).run(sockets=[listening])
+
+    def studio(self, study: Study) -> "Studio":
+        """Return a queue for the model of an opened study, which is loaded when somebody needs it."""
+        from difflex.web import Studio
+
+        def load():
+            from difflex.web.model import PipelineFunctions, StudyModel
+
+            pipe = load_study_model(study, self)
+            functions = PipelineFunctions(pipe.shots, pipe.generate, pipe.harvest_with_images, pipe.sites()[0].site)
+            return StudyModel(study, functions)
+
+        def choices():
+            from difflex.web.model import paint_choices
+
+            return paint_choices(study)
+
+        return Studio(load, choices)
 
 
 def _listen(host: str, port: int | None) -> socket.socket:

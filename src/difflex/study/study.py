@@ -246,6 +246,11 @@ class Study:
         """The file of a contrast direction."""
         return self.folder / "steering" / "contrasts" / f"{name}.safetensors"
 
+    def contrasts(self) -> list[str]:
+        """Return the names of the contrast directions."""
+        files = _children(self.folder / "steering" / "contrasts")
+        return [path.stem for path in files if path.suffix == ".safetensors" and _is_stored(path)]
+
     def steering(self, site: Site | str, label: str) -> Path:
         """The file with the results of steering with a dictionary's features."""
         return self.folder / "steering" / "judged" / Site.parse(site).folder / f"{label}.json"

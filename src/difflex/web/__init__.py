@@ -1,6 +1,7 @@
-"""A study in the browser: pages to look at features and search them, each with a JSON twin. Needs the extra `web`."""
+"""A study in the browser: pages to look at features, search them and paint with them, each with a JSON twin. Extra: `web`."""
 
 from difflex.web.app import make_app
 from difflex.web.guard import LOCAL, new_token
+from difflex.web.studio import Studio
 
-__all__ = ["LOCAL", "make_app", "new_token"]
+__all__ = ["LOCAL", "Studio", "make_app", "new_token"]

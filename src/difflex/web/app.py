@@ -11,22 +11,42 @@ from starlette.exceptions import HTTPException
 from difflex._version import __version__
 from difflex.errors import BadInput, DifflexError, UnknownName
 from difflex.study import Study
+from difflex.web.answers import ProblemAnswer
 from difflex.web.browse import add_browsing
 from difflex.web.catalogue import Catalogue
 from difflex.web.guard import LOCAL, Guard
 from difflex.web.pages import HERE, Pages
+from difflex.web.painting import add_painting
+from difflex.web.studio import QueueFull, Studio
 
 __all__ = ["make_app"]
 
+REFUSALS: dict[int | str, str] = {
+    404: "It does not exist",
+    409: "The study is damaged or incomplete",
+    422: "A value cannot be",
+    429: "Too many requests wait",
+}
 
-def make_app(study: Study, hosts: tuple[str, ...] = LOCAL, token: str | None = None) -> Guard:
-    """Return the app of a study for requests to `hosts`, and with a `token` for those who know it."""
+
+def make_app(study: Study, studio: Studio | None = None, hosts: tuple[str, ...] = LOCAL, token: str | None = None) -> Guard:
+    """Return the app of a study for requests to `hosts`, and with a `token` for those who know it.
+
+    Without a `studio` it shows what is in the study, and generates nothing.
+    """
     app = FastAPI(
-        title=f"difflex: {study.folder.resolve().name}", version=__version__, openapi_url="/api", docs_url=None, redoc_url=None
+        title=f"difflex: {study.folder.resolve().name}",
+        version=__version__,
+        openapi_url="/api",
+        docs_url=None,
+        redoc_url=None,
+        responses={code: {"model": ProblemAnswer, "description": text} for code, text in REFUSALS.items()},
     )
     app.mount("/static", StaticFiles(directory=HERE / "static"))
-    catalogue, pages = Catalogue(study), Pages(study)
+    catalogue, pages = Catalogue(study), Pages(study, can_paint=studio is not None)
     add_browsing(app, catalogue, pages)
+    if studio is not None:
+        add_painting(app, catalogue, pages, studio)
     _add_refusals(app, pages)
     return Guard(app, hosts=hosts, token=token)
 
@@ -36,9 +56,8 @@ def _add_refusals(app: FastAPI, pages: Pages) -> None:
 
     @app.exception_handler(DifflexError)
     def refuse(request: Request, error: DifflexError) -> Response:
-        return pages.problem(
-            request, 404 if isinstance(error, UnknownName) else 422 if isinstance(error, BadInput) else 409, str(error)
-        )
+        kinds = {UnknownName: 404, BadInput: 422, QueueFull: 429}
+        return pages.problem(request, next((code for kind, code in kinds.items() if isinstance(error, kind)), 409), str(error))
 
     @app.exception_handler(RequestValidationError)
     def refuse_values(request: Request, error: RequestValidationError) -> Response:
@@ -47,4 +66,6 @@ def _add_refusals(app: FastAPI, pages: Pages) -> None:
 
     @app.exception_handler(HTTPException)
     def refuse_address(request: Request, error: HTTPException) -> Response:
-        return pages.problem(request, error.status_code, str(error.detail))
+        answer = pages.problem(request, error.status_code, str(error.detail))
+        answer.headers.update(error.headers or {})
+        return answer

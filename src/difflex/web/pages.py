@@ -34,12 +34,13 @@ class Pages:
     """Renders the templates."""
 
     study: Study
+    can_paint: bool
+    """Whether there is a model to generate images with."""
 
     def render(self, template: str, status: int = 200, **values: object) -> HTMLResponse:
         """Return a page."""
-        return HTMLResponse(
-            _environment().get_template(template).render(study=self.study, place=place, place_image=place_image, **values), status
-        )
+        common = {"study": self.study, "can_paint": self.can_paint, "place": place, "place_image": place_image}
+        return HTMLResponse(_environment().get_template(template).render(**common, **values), status)
 
     def problem(self, request: Request, status: int, sentence: str) -> Response:
         """Return an error as a page, or below /api as JSON."""
