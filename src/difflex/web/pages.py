@@ -43,8 +43,8 @@ class Pages:
         return HTMLResponse(_environment().get_template(template).render(**common, **values), status)
 
     def problem(self, request: Request, status: int, sentence: str) -> Response:
-        """Return an error as a page, or below /api as JSON."""
-        if request.url.path.startswith("/api"):
+        """Return an error as a page; below /api, and for those who ask for it, as JSON."""
+        if request.url.path.startswith("/api") or request.headers.get("accept") == "application/json":
             return JSONResponse({"error": sentence}, status)
         return self.render("problem.html", status, title="That did not work", sentence=sentence)
 

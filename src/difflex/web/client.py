@@ -1,0 +1,120 @@
+"""`Client`: asks a running `difflex serve`, from a notebook or a script, on this machine or another one."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from http.client import HTTPException
+from typing import Any, TypeVar, final
+from urllib.error import HTTPError, URLError
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
+
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+
+from difflex.errors import BadInput, BrokenFile, DifflexError, StaleWork, UnknownName
+from difflex.web.answers import DictionaryAnswer, FeatureAnswer, FoundAnswer, TileAnswer, WallAnswer
+from difflex.web.guard import COOKIE
+
+PART = 120
+"""Tiles of one answer."""
+ERRORS: dict[int, type[DifflexError]] = {404: UnknownName, 409: StaleWork, 422: BadInput}
+TIMEOUT = 60.0
+T = TypeVar("T")
+
+
+@final
+class Client:
+    """Reads a study through `difflex serve`. What the server refuses is raised as an error with its sentence."""
+
+    def __init__(self, url: str, token: str | None = None) -> None:
+        """Ask the server at `url`, as `difflex serve` prints it; its token may be in the address, or be given."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise BadInput(
+                f"'{url}' is not the address of a server. Give the one that difflex serve prints: http://127.0.0.1:8765/."
+            )
+        self._root = f"{parts.scheme}://{parts.netloc}"
+        token = token or next(iter(parse_qs(parts.query).get("token", [])), None)
+        self._headers = {"Accept": "application/json"} | ({"Cookie": f"{COOKIE}={quote(token)}"} if token else {})
+        self._opener = build_opener(ProxyHandler({}))  # a proxy would not find the address of this machine
+
+    def dictionaries(self) -> list[DictionaryAnswer]:
+        """Return the dictionaries of the study, those with a book first."""
+        return self._ask(list[DictionaryAnswer], "/api/dictionaries")
+
+    def features(
+        self,
+        dictionary: str,
+        *,
+        sort: str = "ap",
+        ascending: bool = False,
+        where: str | Sequence[str] = (),
+        concept: str = "",
+        words: str = "",
+        like: int | None = None,
+    ) -> Iterator[TileAnswer]:
+        """Yield the features of a dictionary (SITE/LABEL) as the wall shows them; further ones are asked for as they are needed.
+
+        `where` are conditions such as `density<0.01`; `words` and `like` a feature are what the features must fit.
+        """
+        query: dict[str, object] = {"sort": sort, "ascending": str(ascending).lower(), "concept": concept, "q": words}
+        query |= {"where": [where] if isinstance(where, str) else list(where)} | ({} if like is None else {"like": like})
+        offset, total = 0, 1
+        while offset < total:
+            wall = self._ask(WallAnswer, f"{_place(dictionary)}/features", **query, offset=offset, limit=PART)
+            yield from wall.tiles
+            offset, total = offset + PART, wall.total
+
+    def feature(self, dictionary: str, feature: int) -> FeatureAnswer:
+        """Return all that is known of a feature."""
+        return self._ask(FeatureAnswer, f"{_place(dictionary)}/features/{feature}")
+
+    def search(self, words: str) -> list[FoundAnswer]:
+        """Return the features of all dictionaries that fit `words`, best first."""
+        return self._ask(list[FoundAnswer], "/api/search", q=words)
+
+    def image(self, file: str) -> Image.Image:
+        """Return an image that an answer names."""
+        content = self._read(f"/images/{quote(file, safe='')}")
+        try:
+            return Image.open(io.BytesIO(content)).convert("RGB")
+        except OSError as error:
+            raise BrokenFile(f"The image {file} came damaged: {error}. Ask again.") from error
+
+    def _ask(self, kind: type[T], path: str, **query: object) -> T:
+        """Return an answer of the server as `kind`."""
+        content = self._read(f"{path}?{urlencode(query, doseq=True)}" if query else path)
+        try:
+            return TypeAdapter(kind).validate_json(content)
+        except ValidationError as error:
+            raise BrokenFile(
+                f"{self._root}{path} does not answer as this version does: {error}. Use the same version."
+            ) from error
+
+    def _read(self, target: str) -> bytes:
+        try:
+            with self._opener.open(Request(self._root + target, headers=self._headers), timeout=TIMEOUT) as answer:
+                return answer.read()
+        except HTTPError as error:
+            with error:
+                raise ERRORS.get(error.code, DifflexError)(_sentence(error.read())) from None
+        except (URLError, HTTPException, OSError) as error:
+            reason = getattr(error, "reason", error)
+            raise BadInput(f"{self._root} does not answer: {reason}. Begin the server there: difflex serve STUDY.") from error
+
+
+def _place(dictionary: str) -> str:
+    site, _, label = dictionary.partition("/")
+    return f"/api/dictionaries/{quote(site, safe='')}/{quote(label, safe='')}"
+
+
+def _sentence(content: bytes) -> str:
+    """Return what the server says is wrong."""
+    try:
+        answer: Any = json.loads(content)
+        return str(answer["error"])
+    except (ValueError, KeyError, TypeError):
+        return content.decode(errors="replace")[:500] or "The server refused without a reason."
