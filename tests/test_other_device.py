@@ -6,6 +6,8 @@ Without a GPU the other device is a pretended one (`other_device`); `pytest -m g
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,12 +24,14 @@ from difflex.evaluation.effect import measure_effects
 from difflex.features import Book, ImageAlbum
 from difflex.features.collecting import CollectBatch, CollectConfig, CollectTarget, collect
 from difflex.pipeline import Pipeline
-from difflex.records import ActivationBatch, Activations, Edit, Rectangle, Site, TransplantSource
+from difflex.records import ActivationBatch, Activations, Edit, Rectangle, RegionMap, Site, TransplantSource
 from difflex.steering import dictionary_features, random_features, steering_hooks
 from difflex.steering.contrast import contrast_features, decompose, find_contrast, pair_activations
 from difflex.steering.features import measure_scales
 from difflex.steering.hooks import TransplantMaps
+from difflex.study import DictionaryRef, Study
 from difflex.testing import tiny_folder
+from difflex.web.model import PipelineFunctions, StudyModel
 
 SITE, SIZE, WIDTH = Site("double.1"), 24, 32
 PROMPTS = ["a red star", "two dots"]
@@ -38,7 +42,9 @@ def dictionary() -> Dictionary:
     """Return an SAE on the CPU, with a normalisation that takes every step."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.nn.functional.normalize(torch.randn(SIZE, WIDTH, generator=generator), dim=1)
-    weights = SAEWeights(encoder=rows, decoder=rows, bias=torch.randn(WIDTH, generator=generator), encoder_bias=torch.zeros(SIZE))
+    weights = SAEWeights(
+        encoder=rows, decoder=rows.clone(), bias=torch.randn(WIDTH, generator=generator), encoder_bias=torch.zeros(SIZE)
+    )
     basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
     scale = torch.rand(WIDTH, generator=generator) + 0.5
     normalisation = Normalisation(method="whiten", mean=torch.zeros(WIDTH), scale=scale, basis=basis, clip=4.0)
@@ -55,10 +61,11 @@ def edited(pipe: Pipeline) -> Iterator[Tensor]:
     rows = x.values.flatten(0, 1)
     scales = measure_scales(dictionary().on(rows.device), [ActivationBatch(rows, *torch.zeros(2, len(rows)).long())])
     yield scales.default_strengths(dictionary().decoder, torch.arange(SIZE))
-    region, features = Rectangle(0, 0, 0.5, 1), tuple(scales.peaks.topk(2).indices.tolist())
+    features = tuple(scales.peaks.topk(2).indices.tolist())
+    parts = [Rectangle(0, 0, 0.5, 1), RegionMap.of([[1.0, 0.5], [0.0, 0.2]])]
     of = lambda edit: dictionary_features(dictionary(), edit.features, scales)  # noqa: E731
     source = TransplantSource(prompt="a dot", seed=3)
-    for operation in ("add", "set", "scale", "ablate", "replace", "transplant"):
+    for operation, region in product(("add", "set", "scale", "ablate", "replace", "transplant"), parts):
         edit = Edit(
             operation=operation,
             site=SITE,
@@ -163,6 +170,22 @@ def plain(pipe: Pipeline) -> Iterator[Tensor]:
         yield own.on(activations.values.device).encode(activations.values.flatten(0, 1)).values
 
 
+def served(pipe: Pipeline) -> Iterator[Tensor]:
+    """Read an image and paint one, as for the browser."""
+    functions = PipelineFunctions(pipe.shots, pipe.generate, pipe.harvest_with_images, SITE)
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study.begin(Path(folder), pipe.name, pipe.revision)
+        ref = DictionaryRef(SITE, "topk-24-k4")
+        dictionary().save(study.dictionary(*ref))
+        model = StudyModel(study, functions)
+        [shot] = model.shots("a red star", [3], None)
+        read = model.read(shot, [ref], lambda step, steps: None)
+        yield from (torch.from_numpy(part.values) for part in read.fired)
+        edit = Edit(operation="add", site=SITE, dictionary=ref.label, features=(1,), strength=5.0, unit="code")
+        for image in [read.image, *model.images([shot, replace(shot, seed=8)], [edit], lambda step, steps: None)]:
+            yield pixels(image)
+
+
 STATIONS: tuple[Callable[[Pipeline], Iterator[Tensor]], ...] = (
     plain,
     edited,
@@ -171,6 +194,7 @@ STATIONS: tuple[Callable[[Pipeline], Iterator[Tensor]], ...] = (
     collected,
     contrasted,
     removed,
+    served,
 )
 
 

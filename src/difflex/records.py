@@ -309,6 +309,11 @@ class Edit:
         if self.region == "fires" and self.operation in ("replace", "transplant"):
             raise BadInput(f"The region of a {self.operation} cannot be 'fires': it does not read the codes of the image.")
 
+    @property
+    def has_unit(self) -> bool:
+        """Whether the strength is in a unit: that of a scale is a factor, and other operations have none."""
+        return self.operation in ("add", "set", "replace")
+
     def _check_features(self) -> None:
         if self.contrast is not None and (self.dictionary is not None or self.features):
             raise BadInput(

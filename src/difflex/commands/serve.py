@@ -62,7 +62,11 @@ class ServeCommand(StudyImagesCommand):
 
             webbrowser.open(url + (f"?token={token}" if token else ""))
         config = uvicorn.Config(
-            make_app(study, self.studio(study), hosts, token), log_level="warning", server_header=False, timeout_keep_alive=5
+            make_app(study, self.studio(study), hosts, token),
+            log_level="warning",
+            server_header=False,
+            timeout_keep_alive=5,
+            timeout_graceful_shutdown=1,  # who waits for an image does not keep the server from ending
         )
         uvicorn.Server(config).run(sockets=[listening])
 

@@ -64,7 +64,8 @@ class StudyEditor:
         if isinstance(source, Contrast):
             features = contrast_features(source)
         else:
-            features = dictionary_features(source, edit.features, self.scales(place))
+            scales = self.scales(place) if edit.has_unit and edit.unit in ("peak", "mean", "norm") else None
+            features = dictionary_features(source, edit.features, scales)
             features = features._replace(description=f"{place} {', '.join(map(str, edit.features))}")
         return features._replace(origin=replace(origin, model=self.study.model, revision=self.study.revision))
 

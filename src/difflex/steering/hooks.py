@@ -104,10 +104,10 @@ class _PreparedEdit:
 
     @classmethod
     def of(cls, edit: Edit, features: EditFeatures, maps: TransplantMaps | None) -> _PreparedEdit:
-        if edit.operation != "scale" and edit.unit not in features.units:
+        if edit.has_unit and edit.unit not in features.units:
             units = ", ".join(features.units)
             raise BadInput(f"The unit {edit.unit} needs the scales of {features.description}. Units without them: {units}.")
-        unit = torch.ones(len(features.decoder)) if edit.operation == "scale" else features.units[edit.unit]
+        unit = features.units[edit.unit] if edit.has_unit else torch.ones(len(features.decoder))
         amounts = edit.strength * unit
         if not bool(torch.isfinite(amounts.to(features.decoder) @ features.decoder).all()):
             raise BadInput(f"A strength of {edit.strength:g} of {features.description} is infinite. Choose a lower one.")
