@@ -61,7 +61,8 @@ class Site:
 
     def close(self) -> None:
         self._server.should_exit = True
-        self._thread.join(10)
+        self._thread.join(60)
+        self._socket.close()
 
 
 def book_study(folder: Path) -> Study:
