@@ -2,10 +2,14 @@
 
 import base64
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
 
+import numpy as np
 import pytest
 from sample_study import new_study, write_book, write_dictionary, write_matches
 from test_web import DATA, SAE, WALL, Reply, Site, numbers
@@ -15,7 +19,9 @@ from difflex.features.entries import Example, FeatureNeighbour, TokenMap
 from difflex.features.explanations import Explanation, Judgement
 from difflex.study import Study
 from difflex.web.feature import average_map
+from difflex.web.layout import NeighbourGraph, lay_out
 
+PLACE = f"/api/dictionaries/{SAE}"
 NEIGHBOURS = {
     9: [
         FeatureNeighbour(3, "firing", 0.6),
@@ -39,6 +45,12 @@ def neighbour_study(folder: Path) -> Study:
             explanation, [Judgement(own, True, 0.75), Judgement(other, False, 0.625), Judgement(None, True, 0.5)]
         )
     return study
+
+
+def content(site: Site, target: str) -> bytes:
+    """The bytes at an address."""
+    with urlopen(f"http://127.0.0.1:{site.port}{target}", timeout=20) as answer:
+        return answer.read()
 
 
 def ballot(site: Site, **changes: object) -> dict[str, object]:
@@ -82,7 +94,7 @@ def test_an_explanation_shows_what_the_judge_saw(site: Site):
     ]
     page = site.get(f"{WALL}/8").text
     assert "2 judged images" in page and 'class="wrong">judged 0.62, wrong' in page
-    assert f'href="/image/{SAE}/48"' in page and "/paint?site=double.1%3Asmooth&amp;dictionary=topk-12-k4&amp;feature=8" in page
+    assert f'href="/image/{SAE}/48"' in page and "/paint?" not in page, "there is no model"
 
 
 def test_a_vote_is_stored_in_the_study_once_for_each_browser(site: Site, study: Study):
@@ -139,3 +151,83 @@ def test_the_average_of_the_maps_is_that_of_random_images():
     average = average_map([top, *examples], (2, 2))
     assert average is not None and average.images == 2 and [*base64.b64decode(average.levels)] == [255, 0, 191, 0]
     assert average_map([top], (2, 2)) is None and average_map(examples, None) is None
+
+
+def planted_graph(groups: int = 12, of_each: int = 40, known: float = 0.8) -> tuple[NeighbourGraph, np.ndarray]:
+    """A graph in which most neighbours of a feature are of its group, and the groups; two features have no neighbours."""
+    rng, size = np.random.default_rng(5), groups * of_each
+    group = rng.permutation(np.arange(size) % groups)
+    source = np.repeat(np.arange(size), 8)
+    own = np.array([rng.choice(np.flatnonzero(group == group[feature])) for feature in source])
+    target = np.where(rng.random(len(source)) < known, own, rng.integers(0, size, len(source)))
+    value, kind = rng.uniform(0.2, 0.8, len(source)), np.arange(len(source)) % 2
+    return NeighbourGraph.of(size + 2, source, target, value, kind), group
+
+
+def test_features_of_a_planted_group_are_together_on_the_map():
+    graph, group = planted_graph()
+    shares: list[float] = []
+    places = lay_out(graph, shares.append)
+    assert np.isnan(places[-2:]).all() and np.nanmin(places) >= 0 and np.nanmax(places) <= 1 and shares[-1] == 1
+    points = places[:-2]
+    distance = np.square(points[:, None] - points[None]).sum(-1) + np.eye(len(points)) * 9
+    nearest = np.argsort(distance, axis=1)[:, :10]
+    assert (group[nearest] == group[:, None]).mean() > 0.9, "1 in 12 by chance"
+    assert np.array_equal(places, lay_out(graph), equal_nan=True), "the same graph has the same map"
+
+
+@pytest.mark.parametrize("pairs", [[], [(0, 1)], [(0, 1), (2, 3)], [(0, 0)]])
+def test_a_graph_of_few_features_has_a_map(pairs: list[tuple[int, int]]):
+    source, target = np.array(pairs, dtype=int).reshape(-1, 2).T
+    places = lay_out(NeighbourGraph.of(5, source, target, np.ones(len(pairs)), np.zeros(len(pairs))))
+    connected = {feature for pair in pairs if pair[0] != pair[1] for feature in pair}
+    assert set(np.flatnonzero(~np.isnan(places[:, 0]))) == connected
+
+
+def mapped(site: Site) -> dict[str, Any]:
+    """The map of the dictionary, when it is computed."""
+    deadline = time.monotonic() + 20
+    while (answer := site.json(f"{PLACE}/map"))["done"] < 1:  # pyright: ignore
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return answer  # pyright: ignore
+
+
+def test_a_map_has_a_place_for_each_feature_with_neighbours(site: Site):
+    answer = mapped(site)
+    assert answer["features"] == 12 and answer["placed"] == 4 and answer["columns"][0]["column"] == "ap"
+    places = np.frombuffer(content(site, f"{PLACE}/map/places"), "<u2").reshape(12, 2)
+    assert sorted(set(np.flatnonzero(places[:, 0] != 65535))) == [3, 5, 7, 9]
+    [ring] = [entry for entry in answer["concepts"] if entry["concept"] == "ring"]
+    assert ring["features"] == 2 and [ring["x"], ring["y"]] in places[[3, 7]].tolist()
+    concepts = content(site, f"{PLACE}/map/colours/concept")
+    assert [answer["legend"][number] for number in concepts[:8]] == ["red", "blue", "star", "ring"] * 2 and concepts[
+        8:
+    ] == b"\xff" * 4
+    density = content(site, f"{PLACE}/map/colours/peak")
+    assert len(density) == 12 and density[0] == 0 and density[11] == 254
+    page = site.get(f"/map/{SAE}").text
+    assert "Map of" in page and f'href="/map/{SAE}"' in site.get(WALL).text
+
+
+def test_a_wall_shows_the_features_in_a_part_of_the_map(site: Site):
+    mapped(site)
+    places = np.frombuffer(content(site, f"{PLACE}/map/places"), "<u2").reshape(12, 2)
+    assert sorted(numbers(site, "within=0,0,1,1")) == [3, 5, 7, 9]
+    x, y = (places[7] / 65534).tolist()
+    assert numbers(site, f"within={max(0, x - 1e-3)},{max(0, y - 1e-3)},{min(1, x + 1e-3)},{min(1, y + 1e-3)}") == [7]
+    assert "in a part of the map" in site.get(f"{WALL}?within=0,0,1,1").text
+    for text in ("1,1,0,0", "0,0,1", "0,0,1,nan", "a,b,c,d", "-1,0,1,1"):
+        assert site.get(f"{DATA}?within={text}").status == 422, text
+    assert site.get(f"{PLACE}/map/colours/beauty").status == 404
+
+
+def test_a_map_follows_a_book_that_is_made_again(tmp_path: Path):
+    study = neighbour_study(tmp_path / "study")
+    site = Site(study)
+    try:
+        assert mapped(site)["placed"] == 4
+        write_book(study, SAE, data="of other images")
+        assert mapped(site)["placed"] == 0 and numbers(site, "within=0,0,1,1") == []
+    finally:
+        site.close()

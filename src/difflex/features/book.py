@@ -193,6 +193,11 @@ class Book:
         query = f"SELECT shots.id, shot, {IMAGE_COLUMNS} FROM {table}"
         return {row.id: row for row in self._read(_shot_row, query, json.dumps(sorted(set(numbers))))}
 
+    def shots_of(self, file: str) -> list[ShotRow]:
+        """Return the shots whose image is this file of the album."""
+        table = "shots JOIN images ON images.id = image WHERE file = ? ORDER BY shots.id"
+        return self._read(_shot_row, f"SELECT shots.id, shot, {IMAGE_COLUMNS} FROM {table}", file)
+
     def images(self) -> list[ImageFile]:
         """Return all images of the book."""
         return [ImageFile(*row) for row in self._query(f"SELECT {IMAGE_COLUMNS} FROM images ORDER BY id")]
@@ -201,6 +206,13 @@ class Book:
         """Return the features that fire together with this one, then those of the nearest directions, nearest first."""
         query = "SELECT neighbour, kind, value FROM neighbours WHERE feature = ? ORDER BY kind = 'direction', rank"
         return [FeatureNeighbour(*row) for row in self._query(query, feature)]
+
+    def neighbour_pairs(self) -> Iterator[tuple[int, int, float, bool]]:
+        """Yield each feature with each neighbour, the value, and whether it is of the kind `direction`."""
+        with sqlite_errors(self.path, ADVICE):
+            yield from map(
+                tuple, self._connection.execute("SELECT feature, neighbour, value, kind = 'direction' FROM neighbours")
+            )
 
     def patch(self, feature: int) -> AtomImage | None:
         """Return the image patch of an ITDA atom; None for other dictionaries, or if it is unknown."""

@@ -181,6 +181,44 @@ class FeatureAnswer(Answer):
     patch_token: int | None
 
 
+class ColumnScale(Answer):
+    """The scale of a column that a map can be coloured by."""
+
+    column: str
+    low: float
+    high: float
+    is_logarithmic: bool
+
+
+class ConceptPlace(Answer):
+    """Where the features of a concept are on a map."""
+
+    concept: str
+    x: int
+    y: int
+    features: int
+    """Number of features that detect it best."""
+    ap: float
+    """The best average precision."""
+
+
+class MapAnswer(Answer):
+    """The map of a dictionary: features with similar directions, or that fire together, are close to each other."""
+
+    site: str
+    label: str
+    features: int
+    placed: int
+    """Number of features that have neighbours, and so a place."""
+    done: float
+    """How much of it is computed, between 0 and 1; the places can be read when it is 1."""
+    legend: list[str]
+    """Concepts with colours of their own."""
+    columns: list[ColumnScale]
+    concepts: list[ConceptPlace]
+    """Best detected first."""
+
+
 class FoundAnswer(Answer):
     """A feature that a search found, and why."""
 

@@ -13,6 +13,7 @@ from difflex.errors import BadInput, DifflexError, UnknownName
 from difflex.study import Study
 from difflex.web.answers import ProblemAnswer
 from difflex.web.browse import add_browsing
+from difflex.web.browse_map import add_map
 from difflex.web.catalogue import Catalogue
 from difflex.web.guard import LOCAL, Guard
 from difflex.web.pages import HERE, Pages
@@ -45,6 +46,7 @@ def make_app(study: Study, studio: Studio | None = None, hosts: tuple[str, ...] 
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     catalogue, pages = Catalogue(study), Pages(study, can_paint=studio is not None)
     add_browsing(app, catalogue, pages)
+    add_map(app, catalogue, pages)
     if studio is not None:
         add_painting(app, catalogue, pages, studio)
     _add_refusals(app, pages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from typing import Annotated, NamedTuple
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -13,6 +14,7 @@ from difflex.errors import BadInput, DifflexError
 from difflex.features import ImageAlbum
 from difflex.web.answers import Ballot, DictionaryAnswer, FeatureAnswer, FoundAnswer, ShownExplanation, WallAnswer
 from difflex.web.catalogue import MOST_TILES, SORTS, Catalogue, WallQuery
+from difflex.web.mapping import MapBox
 from difflex.web.pages import Pages, place
 
 TILES = 60
@@ -39,15 +41,29 @@ def _query(
     concept: Words = "",
     q: Words = "",
     like: Annotated[int | None, Query(ge=0, le=10**9)] = None,
+    within: Words = "",
 ) -> WallQuery:
     """Read the query of a wall from an address."""
     if any(len(text) > LONGEST for text in where):
         raise BadInput(f"A condition has more than {LONGEST} letters. Write a column, one of < <= > >= = and a number.")
     conditions = [part.strip() for text in where for part in text.split(",")]
-    return WallQuery(sort, ascending, tuple(filter(None, conditions)), concept, q, like)
+    return WallQuery(sort, ascending, tuple(filter(None, conditions)), concept, q, like, _box(within))
 
 
 AskedWall = Annotated[WallQuery, Depends(_query)]
+
+
+def _box(text: str) -> MapBox | None:
+    """Read a rectangle of a map: left, top, right, bottom."""
+    if not text:
+        return None
+    try:
+        left, top, right, bottom = (float(part) for part in text.split(","))
+    except ValueError:
+        left = top = right = bottom = nan
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise BadInput(f"'{text}' is no rectangle of a map. Write left, top, right and bottom, from 0 to 1: 0.2,0.2,0.5,0.4.")
+    return MapBox(left, top, right, bottom)
 
 
 class _Chip(NamedTuple):
@@ -60,7 +76,11 @@ class _Chip(NamedTuple):
 
 
 def _chips(url: URL, query: WallQuery) -> list[_Chip]:
-    texts = {} if query.like is None else {"like": (str(query.like), f"like feature {query.like}")}
+    texts: dict[str, tuple[str, str]] = {}
+    if query.like is not None:
+        texts["like"] = (str(query.like), f"like feature {query.like}")
+    if query.within is not None:
+        texts["within"] = (",".join(f"{number:g}" for number in query.within), "in a part of the map")
     return [_Chip(name, *texts[name], f"?{url.remove_query_params([name, 'token']).query}") for name in texts]
 
 
@@ -82,7 +102,7 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
     ) -> WallAnswer:
         """Features of a dictionary as tiles: sorted, filtered by conditions such as `density<0.01`, by concept or by words.
 
-        `like` shows a feature and its neighbours, nearest first.
+        `like` shows a feature and its neighbours, nearest first; `within` those in a rectangle of the map.
         """
         return catalogue.wall(catalogue.find(site, label), query, offset, limit)
 

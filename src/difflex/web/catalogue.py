@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -27,6 +27,7 @@ from difflex.web.answers import (
     DictionaryAnswer,
     FeatureAnswer,
     FoundAnswer,
+    MapAnswer,
     NeighbourAnswer,
     ShownExplanation,
     TileAnswer,
@@ -35,6 +36,7 @@ from difflex.web.answers import (
 )
 from difflex.web.books import BookPool
 from difflex.web.feature import average_map, new_vote, shown_examples, shown_explanations
+from difflex.web.mapping import COLOURS, DictionaryMaps, MapBox, colour_levels, map_answer
 
 __all__ = ["Catalogue", "WallQuery"]
 
@@ -66,6 +68,8 @@ class WallQuery(NamedTuple):
     """Only features that are found by these words."""
     like: int | None = None
     """Only this feature and its neighbours, nearest first."""
+    within: MapBox | None = None
+    """Only features in this rectangle of the map."""
 
 
 class _Stamp(NamedTuple):
@@ -106,11 +110,13 @@ class _FeatureTable:
         best = self.concepts.get(feature)
         return best.concept if best is not None and best.ap >= DETECTS else self.texts.get(feature, "")
 
-    def select(self, query: WallQuery, found: Sequence[int] | None) -> np.ndarray:
+    def select(self, query: WallQuery, found: Sequence[int] | None, inside: np.ndarray | None) -> np.ndarray:
         """Return the numbers of the features of a query in its order; without a value they come last."""
         if query.sort not in SORTS:
             raise UnknownName.among("The column", query.sort, SORTS)
         keep = np.ones(len(self.columns["density"]), dtype=bool)
+        if inside is not None:
+            keep &= inside
         for text in query.where:
             column, sign, value = FeatureFilter.parse(text, SORTS)
             with np.errstate(invalid="ignore"):
@@ -134,7 +140,7 @@ class Catalogue:
     """What the browser shows of a study. Its methods may be called from several threads."""
 
     def __init__(self, study: Study) -> None:
-        self.study = study
+        self.study, self.maps = study, DictionaryMaps(self.book)
         self._tables: dict[DictionaryRef, _FeatureTable] = {}
         self._books = BookPool()
         self._lock = threading.Lock()
@@ -163,15 +169,23 @@ class Catalogue:
         """Return the rows and columns of the tokens of a dictionary in an image; None for text."""
         return self._table(ref).grid
 
+    def columns(self, ref: DictionaryRef) -> Mapping[str, np.ndarray]:
+        """Return the figures of all features of a dictionary, by the name of the column."""
+        return self._table(ref).columns
+
     def tiles(self, ref: DictionaryRef, features: Sequence[int]) -> list[TileAnswer]:
         """Return features of a dictionary as tiles."""
-        with self._book(ref) as book:
+        with self.book(ref) as book:
             return self._tiles(self._table(ref), book, features)
 
     def prompts(self, ref: DictionaryRef) -> list[str]:
         """Return some prompts of the images in the book of a dictionary."""
-        with self._book(ref) as book:
+        with self.book(ref) as book:
             return [row.shot.prompt for row in book.shots(range(SAMPLE)).values()]
+
+    def best_concepts(self, ref: DictionaryRef) -> Mapping[int, BestConcept]:
+        """Return the concept that each feature of a dictionary detects best."""
+        return self._table(ref).concepts
 
     def concepts(self, ref: DictionaryRef) -> tuple[str, ...]:
         """Return the concepts that features of a dictionary detect."""
@@ -183,14 +197,14 @@ class Catalogue:
             raise BadInput(f"{limit} tiles from {offset} on are not possible: ask for 1 to {MOST_TILES}, from 0 on.")
         table = self._table(ref)
         features = self._selected(table, query)
-        with self._book(ref) as book:
+        with self.book(ref) as book:
             tiles = self._tiles(table, book, features[offset : offset + limit].tolist())
         return WallAnswer(site=str(ref.site), label=ref.label, grid=table.grid, total=len(features), offset=offset, tiles=tiles)
 
     def feature(self, ref: DictionaryRef, number: int) -> FeatureAnswer:
         """Return all that is known of a feature."""
         table = self._table(ref)
-        with self._book(ref) as book:
+        with self.book(ref) as book:
             stats, grid, patch = book.feature(number), table.grid, book.patch(number)
             related = book.neighbours(number)
             tiles = {tile.feature: tile for tile in self._tiles(table, book, [entry.feature for entry in related])}
@@ -217,7 +231,7 @@ class Catalogue:
     def vote(self, ref: DictionaryRef, number: int, ballot: Ballot) -> ShownExplanation:
         """Write a vote on an explanation of a feature into the study, and return the explanation with all votes."""
         path = self.study.votes(*ref, number)
-        with self._book(ref) as book:
+        with self.book(ref) as book:
             book.feature(number)  # an unknown one is an error
             vote(path, new_vote(book, number, ballot))
             return next(entry for entry in shown_explanations(book, number, path) if ballot.is_on(entry))
@@ -226,7 +240,7 @@ class Catalogue:
         """Return the features of all dictionaries that fit `words`, best first."""
         answers = []
         for found in search(self.study, words, limit=limit):
-            with self._book(found.place) as book:
+            with self.book(found.place) as book:
                 table = self._table(found.place)
                 [tile] = self._tiles(table, book, [found.feature])
             answers.append(
@@ -240,6 +254,23 @@ class Catalogue:
                 )
             )
         return answers
+
+    def map(self, ref: DictionaryRef) -> MapAnswer:
+        """Return the map of a dictionary without its places; while it is computed, how much is done."""
+        table, done = self._table(ref), self.maps.done(ref)
+        if done < 1:
+            size = len(table.columns["density"])
+            return MapAnswer(
+                site=str(ref.site), label=ref.label, features=size, placed=0, done=done, legend=[], columns=[], concepts=[]
+            )
+        return map_answer(ref, self.maps.places(ref), table.columns, table.concepts, DETECTS)
+
+    def map_colours(self, ref: DictionaryRef, column: str) -> bytes:
+        """Return a byte for each feature: its place on the scale of a column, or its concept."""
+        if column not in COLOURS:
+            raise UnknownName.among("The column", column, COLOURS)
+        table = self._table(ref)
+        return colour_levels(column, table.columns.get(column), table.concepts, len(table.columns["density"]))
 
     def _tiles(self, table: _FeatureTable, book: Book, features: Sequence[int]) -> list[TileAnswer]:
         """Return the tiles of features, out of memory where they were shown before."""
@@ -257,11 +288,12 @@ class Catalogue:
         if query.like is not None:
             similar = self._similar(table.ref, query.like)
             found = similar if found is None else [feature for feature in similar if feature in set(found)]
-        return table.select(query, found)
+        inside = None if query.within is None else self.maps.inside(table.ref, query.within)
+        return table.select(query, found, inside)
 
     def _similar(self, ref: DictionaryRef, feature: int) -> list[int]:
         """Return a feature and its neighbours, each once, nearest first."""
-        with self._book(ref) as book:
+        with self.book(ref) as book:
             book.feature(feature)  # an unknown one is an error
             nearest = sorted(book.neighbours(feature), key=lambda entry: -entry.value)
         return [*dict.fromkeys([feature, *(entry.feature for entry in nearest)])]
@@ -280,7 +312,7 @@ class Catalogue:
         return table
 
     def _read_table(self, ref: DictionaryRef, stamp: _Stamp) -> _FeatureTable:
-        with self._book(ref) as book:
+        with self.book(ref) as book:
             rows = np.array(book.columns(*FIGURES), dtype=float).T
             scores, grid = book.best_scores(), book.about.grid
             texts = {entry.feature: entry.text for entry in book.explanations() if entry.state == "done" and entry.text}
@@ -296,7 +328,8 @@ class Catalogue:
         return _FeatureTable(ref, stamp, grid, columns, concepts, texts, choices)
 
     @contextmanager
-    def _book(self, ref: DictionaryRef) -> Iterator[Book]:
+    def book(self, ref: DictionaryRef) -> Iterator[Book]:
+        """Open the book of a dictionary for the block."""
         with self._books.open(self.study.book(*ref)) as book:
             yield book
 

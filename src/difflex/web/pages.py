@@ -36,10 +36,18 @@ class Pages:
     study: Study
     can_paint: bool
     """Whether there is a model to generate images with."""
+    is_static: bool = False
+    """Whether the pages are written to files, without a server."""
 
     def render(self, template: str, status: int = 200, **values: object) -> HTMLResponse:
         """Return a page."""
-        common = {"study": self.study, "can_paint": self.can_paint, "place": place, "place_image": place_image}
+        common = {
+            "study": self.study,
+            "can_paint": self.can_paint,
+            "is_static": self.is_static,
+            "place": place,
+            "place_image": place_image,
+        }
         return HTMLResponse(_environment().get_template(template).render(**common, **values), status)
 
     def problem(self, request: Request, status: int, sentence: str) -> Response:

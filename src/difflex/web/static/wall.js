@@ -1,36 +1,18 @@
 // The wall: only the rows near the window are in the page; the others are room above and below them.
 
 import { drawAll } from "/static/maps.js";
+import { element, tile } from "/static/tile.js";
 
 const PART = 60, MARGIN = 2;
 const wall = document.getElementById("wall");
 const controls = document.getElementById("controls");
-const total = Number(wall.dataset.total);
+const exported = "static" in document.body.dataset && (await (await import("./exported.js")).exportedWall(wall.dataset.place, PART));
+const total = exported ? exported.total : Number(wall.dataset.total);
 const parts = new Map(); // number of a part -> its tiles, or the promise of them
 let shown = [-1, -1];
 
-function element(name, attributes = {}, ...children) {
-  const node = document.createElement(name);
-  for (const [key, text] of Object.entries(attributes)) node.setAttribute(key, text);
-  node.append(...children);
-  return node;
-}
-
-function tile(entry, grid) {
-  const facts = [entry.feature];
-  if (entry.ap !== null) facts.push(`AP ${entry.ap.toFixed(2)}`);
-  if (entry.score !== null) facts.push(`accuracy ${entry.score.toFixed(2)}`);
-  facts.push(`${Number((100 * entry.density).toPrecision(3))} %`);
-  const picture = element("span", { class: "picture" });
-  if (entry.image) picture.append(element("img", { src: `/images/${entry.image}`, alt: "", width: 128, height: 128 }));
-  if (entry.image && grid)
-    picture.append(element("canvas", { "data-covered": entry.covered, "data-rows": grid[0], "data-columns": grid[1], "aria-hidden": "true" }));
-  const name = element("span", { class: "name" }, entry.label || `feature ${entry.feature}`);
-  const link = element("a", { href: `${wall.dataset.place}/${entry.feature}` }, picture, name, element("span", { class: "facts" }, facts.join(" · ")));
-  return element("li", { class: "tile" }, link);
-}
-
 async function load(part) {
+  if (exported) return exported.load(part);
   const address = new URL(`/api/dictionaries${wall.dataset.place.slice(2)}/features${location.search}`, location.href);
   for (const [key, text] of [...address.searchParams]) if (!text) address.searchParams.delete(key, text);
   address.searchParams.set("offset", part * PART);
@@ -38,7 +20,7 @@ async function load(part) {
   const answer = await fetch(address);
   if (!answer.ok) throw new Error((await answer.json()).error);
   const { tiles, grid } = await answer.json();
-  return tiles.map((entry) => tile(entry, grid));
+  return tiles.map((entry) => tile(entry, grid, wall.dataset.place));
 }
 
 function tilesOf(part) {
@@ -79,9 +61,9 @@ function forget() {
   for (const part of parts.keys()) if (Math.abs(part - near) > 20) parts.delete(part);
 }
 
-parts.set(0, [...wall.children]);
+if (!exported) parts.set(0, [...wall.children]);
 drawAll(wall);
-if (total) arrange();
+if (total || exported) arrange();
 addEventListener("scroll", () => requestAnimationFrame(() => (arrange(), forget())), { passive: true });
 addEventListener("resize", () => arrange(true));
 document.getElementById("dictionary").addEventListener("change", (event) => (location.href = event.target.value));
