@@ -1,0 +1,200 @@
+"""What fires in an image: `Firing`, the ranking of its features, and `KeptReadings`, the codes of the latest images in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, final
+
+import numpy as np
+
+from difflex.errors import UnknownName
+from difflex.features.entries import COVER_THRESHOLD, Example, TokenMap
+from difflex.records import Shot
+from difflex.study import DictionaryRef
+from difflex.web.answers import Answer, TileAnswer, levels
+from difflex.web.catalogue import Catalogue
+from difflex.web.studio import TokenFeatures
+
+KEPT_BYTES = 128 * 2**20
+"""Of the readings in memory."""
+FEATURES = 24
+"""Features of an answer with maps."""
+MOST_BYTES = 150_000
+"""Of the maps of an answer."""
+FEW_SHOTS = 10
+"""A feature that fired in so few shots of its book counts half: its peak there says little."""
+
+FeatureOrder = Literal["peak", "area"]
+
+
+class PlacedFeature(Answer):
+    """A feature in an image, or at a token of it."""
+
+    value: float
+    """The largest value in the image, or the value at the token."""
+    share: float
+    """The value in shares of the feature's peak in the book, which makes features comparable; it may be above 1."""
+    area: float
+    """Share of the tokens that it covers: where it has a fifth of its peak or more."""
+    levels: str
+    """Its map in 255ths of its peak in the book, as in an example; empty for the features at a token."""
+    tile: TileAnswer
+
+
+class FiringAnswer(Answer):
+    """Features of a dictionary that fire in an image, or at a token of it."""
+
+    site: str
+    label: str
+    grid: tuple[int, int]
+    total: int
+    """Number of features that fire."""
+    features: list[PlacedFeature]
+
+
+class Firing(NamedTuple):
+    """The values of features at the tokens of an image. Each entry is a feature at a token."""
+
+    grid: tuple[int, int]
+    tokens: np.ndarray
+    features: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of_tokens(cls, fired: TokenFeatures) -> Firing:
+        """Return what fires by the codes of all tokens."""
+        assert fired.grid is not None
+        tokens, slots = np.nonzero(fired.values > 0)
+        features, values = fired.features[tokens, slots], fired.values[tokens, slots]
+        return cls(fired.grid, tokens.astype(np.int32), features.astype(np.int32), values.astype(np.float32))
+
+    @classmethod
+    def of_examples(cls, examples: Iterable[Example], grid: tuple[int, int]) -> Firing:
+        """Return what fires by examples of one image: of each feature the strongest one."""
+        best: dict[int, Example] = {}
+        for example in examples:
+            if example.feature not in best or example.peak > best[example.feature].peak:
+                best[example.feature] = example
+        maps = [example.map for example in best.values()]
+        features = np.repeat([*best], [len(where.tokens) for where in maps]) if maps else []
+        tokens, values = ([number for where in maps for number in where[part]] for part in (0, 1))
+        return cls(grid, np.array(tokens, np.int32), np.array(features, np.int32), np.array(values, np.float32))
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return self.tokens.nbytes + self.features.nbytes + self.values.nbytes
+
+    def strongest(self, catalogue: Catalogue, ref: DictionaryRef, order: FeatureOrder, also: int | None) -> FiringAnswer:
+        """Return the features that are strongest in the image, and the feature `also` as the last one.
+
+        `peak` sorts by the largest value in shares of the feature's peak, `area` by the area that it covers. Both are multiplied
+        by the share of tokens at which the feature is silent in its book, so that what fires everywhere comes late.
+        """
+        figures = catalogue.columns(ref)
+        rank = self._ranks(figures, order)
+        count = max(1, min(FEATURES, MOST_BYTES // (self.grid[0] * self.grid[1])))
+        chosen = [int(feature) for feature in np.argsort(-rank, kind="stable")[:count] if rank[feature] > 0]
+        if also is not None and also not in chosen:
+            chosen.append(also)
+        return self._answer(catalogue, ref, chosen, int(np.count_nonzero(rank)))
+
+    def at(self, catalogue: Catalogue, ref: DictionaryRef, token: int) -> FiringAnswer:
+        """Return the features that fire at a token, the largest share of their peaks first, without maps."""
+        here = self.tokens == token
+        part = Firing(self.grid, self.tokens[here], self.features[here], self.values[here])
+        share = part.values / _scale(catalogue.columns(ref)["peak"][part.features])
+        chosen = part.features[np.argsort(-share, kind="stable")].tolist()
+        answer = part._answer(catalogue, ref, chosen, len(chosen))
+        return answer.model_copy(update={"features": [entry.model_copy(update={"levels": ""}) for entry in answer.features]})
+
+    def _ranks(self, figures: Mapping[str, np.ndarray], order: FeatureOrder) -> np.ndarray:
+        """Return a number for each feature of the dictionary: 0 where it does not fire, larger for what comes first."""
+        size, scale = len(figures["peak"]), _scale(figures["peak"])
+        highest = np.zeros(size)
+        np.maximum.at(highest, self.features, self.values)
+        rank = np.minimum(highest / scale, 1.0)
+        if order == "area":
+            covered = self.features[self.values >= COVER_THRESHOLD * scale[self.features]]
+            # Of equal areas the one of the higher peak comes first.
+            rank = np.bincount(covered, minlength=size) / (self.grid[0] * self.grid[1]) + 1e-6 * rank
+        return rank * (1.0 - figures["density"] + 1e-9) * (figures["shots"] + 1) / (figures["shots"] + FEW_SHOTS)
+
+    def _answer(self, catalogue: Catalogue, ref: DictionaryRef, chosen: Sequence[int], total: int) -> FiringAnswer:
+        features = []
+        for tile in catalogue.tiles(ref, chosen):
+            own = np.flatnonzero(self.features == tile.feature)
+            where = own[np.argsort(self.tokens[own], kind="stable")]
+            values, peak = self.values[where], tile.peak or 1.0
+            highest = float(values.max(initial=0.0))
+            features.append(
+                PlacedFeature(
+                    value=highest,
+                    share=highest / peak,
+                    area=float((values >= COVER_THRESHOLD * peak).sum()) / (self.grid[0] * self.grid[1]),
+                    levels=levels(TokenMap(tuple(self.tokens[where].tolist()), tuple(values.tolist())), peak, self.grid),
+                    tile=tile,
+                )
+            )
+        return FiringAnswer(site=str(ref.site), label=ref.label, grid=self.grid, total=total, features=features)
+
+
+@final
+@dataclass(frozen=True)
+class Reading:
+    """What fires in a generated image."""
+
+    shot: Shot
+    image: str
+    """The name of the image on the shelf."""
+    size: tuple[int, int]
+    """Width and height of the image."""
+    timesteps: tuple[float, ...]
+    """Of the denoising steps."""
+    fired: Mapping[tuple[DictionaryRef, int], Firing]
+    """By dictionary and step."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return sum(firing.size for firing in self.fired.values())
+
+
+@final
+class KeptReadings:
+    """The latest readings in memory by key, up to a number of bytes; the latest one always."""
+
+    def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
+        self._most_bytes, self._lock = most_bytes, threading.Lock()
+        self._readings: OrderedDict[str, Reading] = OrderedDict()
+
+    def add(self, key: str, reading: Reading) -> None:
+        """Keep a reading."""
+        with self._lock:
+            self._readings[key] = reading
+            self._readings.move_to_end(key)
+            while len(self._readings) > 1 and sum(entry.bytes for entry in self._readings.values()) > self._most_bytes:
+                self._readings.popitem(last=False)
+
+    def find(self, key: str) -> Reading | None:
+        """Return a reading; None if it is not kept."""
+        with self._lock:
+            reading = self._readings.get(key)
+            if reading is not None:
+                self._readings.move_to_end(key)
+            return reading
+
+    def get(self, key: str) -> Reading:
+        """Return a reading; one that is not kept any more is an error."""
+        reading = self.find(key)
+        if reading is None:
+            raise UnknownName("This image is not kept in memory any more. Read it again.")
+        return reading
+
+
+def _scale(peaks: np.ndarray) -> np.ndarray:
+    """Return the peaks of features; 1 for those that never fire in their book."""
+    return np.where(peaks > 0, peaks, 1.0)
