@@ -130,12 +130,16 @@ class PaintAnswer(Answer):
     suggestions: list[SuggestionAnswer]
 
 
-def add_painting(app: FastAPI, catalogue: Catalogue, pages: Pages, studio: Studio) -> None:
-    """Add the page to paint on and what it asks for."""
+def add_paint_page(app: FastAPI, pages: Pages) -> None:
+    """Add the page to paint on; without a model it says so."""
 
     @app.get("/paint", include_in_schema=False)
     def paint() -> Response:
         return pages.render("paint.html", title="Paint")
+
+
+def add_painting(app: FastAPI, catalogue: Catalogue, studio: Studio) -> None:
+    """Add what the page to paint on asks for."""
 
     @app.get("/api/paint")
     def settings() -> PaintAnswer:

@@ -21,27 +21,30 @@ export function shares(canvas) {
   return values;
 }
 
-export function draw(canvas, { style = "outline", threshold = 0.2, opacity = 0.75 } = {}) {
+export function draw(canvas, options) {
+  drawShares(canvas, shares(canvas), Number(canvas.dataset.rows), Number(canvas.dataset.columns), options);
+}
+
+// Styles: outline, heat, both, plain.
+export function drawShares(canvas, values, rows, columns, { style = "outline", threshold = 0.2, opacity = 0.75 } = {}) {
   const box = canvas.getBoundingClientRect();
   const ratio = window.devicePixelRatio || 1;
   canvas.width = Math.max(1, Math.round(box.width * ratio));
   canvas.height = Math.max(1, Math.round(box.height * ratio));
   if (style === "plain") return;
   const pen = canvas.getContext("2d");
-  const rows = Number(canvas.dataset.rows), columns = Number(canvas.dataset.columns);
-  const values = shares(canvas);
   const x = (column) => Math.round((column * canvas.width) / columns);
   const y = (row) => Math.round((row * canvas.height) / rows);
   const is = (row, column) =>
     row >= 0 && row < rows && column >= 0 && column < columns && values[row * columns + column] >= Math.max(threshold, 1e-6);
-  if (style === "heat") {
+  if (style !== "outline") {
     for (let row = 0; row < rows; row++)
       for (let column = 0; column < columns; column++)
         if (is(row, column)) {
           pen.fillStyle = `rgba(${HEAT}, ${opacity * Math.sqrt(values[row * columns + column])})`;
           pen.fillRect(x(column), y(row), x(column + 1) - x(column), y(row + 1) - y(row));
         }
-    return;
+    if (style === "heat") return;
   }
   const path = new Path2D();
   const line = (a, b, c, d) => (path.moveTo(x(a), y(b)), path.lineTo(x(c), y(d)));
