@@ -18,6 +18,7 @@ from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.sparse import sparse_matmul
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.files import Json
+from difflex.hub import dictionary_snapshot
 from difflex.records import Codes, Site, parse_site
 
 
@@ -197,6 +198,26 @@ class Dictionary(ABC):
                 f"{folder}/config.json says width {config.width} and size {config.size}, but the tensors have "
                 f"{dictionary.width} and {dictionary.size}. {ADVICE}"
             )
+        return dictionary
+
+    @staticmethod
+    def from_pretrained(
+        name: str,
+        site: Site | str | None = None,
+        label: str | None = None,
+        revision: str | None = None,
+        offline: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> Dictionary:
+        """Load a dictionary of the repository OWNER/NAME of the hub, where `difflex push` put it.
+
+        `site` and `label` may be left out where only one dictionary fits. `revision` is a branch, a tag or a commit; the commit
+        that was loaded is in `origin.training["hub"]`. `offline` takes the files from the local cache.
+        """
+        found = dictionary_snapshot(name, site, label, revision, offline)
+        dictionary = Dictionary.load(found.folder, device)
+        training = {**dictionary.origin.training, "hub": {"repository": found.repository, "commit": found.commit}}
+        dictionary.origin = replace(dictionary.origin, training=training)
         return dictionary
 
     def _validated(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
