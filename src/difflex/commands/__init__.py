@@ -48,6 +48,9 @@ VERBS = {
     "search": VerbEntry("Look at features", "search features by words, such as red", "difflex.commands.features"),
     "show": VerbEntry("Look at features", "draw the sheet of one feature", "difflex.commands.features"),
     "serve": VerbEntry("Look at features", "open a study in the browser", "difflex.commands.serve"),
+    "export-html": VerbEntry(
+        "Look at features", "write what the browser shows as files for any web host", "difflex.commands.export"
+    ),
     "explain": VerbEntry(
         "Look at features", "explain features with a VLM, and score the explanations", "difflex.commands.explain"
     ),

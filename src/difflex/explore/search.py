@@ -15,7 +15,7 @@ from difflex.features import Book
 from difflex.features.detected import DetectedConcepts
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["FoundFeature", "nothing_found", "rarity", "resolve_features", "search"]
+__all__ = ["FoundFeature", "nothing_found", "rarity", "resolve_features", "search", "vocabulary"]
 
 DETECTS = 0.5
 """Average precision from which the best feature of a concept ranks before all other results."""
@@ -102,6 +102,25 @@ def nothing_found(study: Study, words: Sequence[str], place: DictionaryRef | Non
         names |= dict.fromkeys(word for ref in places if _has_book(study, ref) for word in _caption_words(study, ref))
     advice = f"difflex features {study.folder} lists features by number."
     return UnknownName.among("The feature", unknown, names, advice)
+
+
+def vocabulary(study: Study, place: DictionaryRef, most: int) -> dict[str, str]:
+    """Return what can be searched for in a dictionary: concepts, then the most frequent words of explanations and captions.
+
+    The keys are their words without plural endings, sorted.
+    """
+    matches, texts = _current_concepts(study, place), []
+    if matches is not None:
+        texts += [*matches.by_concept, *(best.concept for best in matches.by_feature.values())]
+    words = Counter(word for text in dict.fromkeys(texts) for word in re.findall(r"\w+", text.lower()))
+    if _has_book(study, place):
+        with Book.open(study.book(*place)) as book:
+            explained = [entry.text for entry in book.explanations() if entry.state == "done"]
+            words.update(word for text in explained for word in re.findall(r"\w+", text.lower()))
+        words.update(dict.fromkeys(_caption_words(study, place), 0))
+    texts += [word for word, _ in words.most_common()]
+    found = {" ".join(sorted(_stems(text))): text for text in reversed(texts) if _stems(text)}
+    return dict(list(reversed(found.items()))[:most])
 
 
 def rarity(study: Study, word: str, place: DictionaryRef | None = None) -> str:

@@ -2,7 +2,8 @@
 
 from difflex.web.app import make_app
 from difflex.web.client import Client
+from difflex.web.export import export_html
 from difflex.web.guard import LOCAL, new_token
 from difflex.web.studio import Studio
 
-__all__ = ["LOCAL", "Client", "Studio", "make_app", "new_token"]
+__all__ = ["LOCAL", "Client", "Studio", "export_html", "make_app", "new_token"]
