@@ -171,15 +171,17 @@ def write_book(
     data: str = "made",
     captions: Mapping[int, str] | None = None,
     neighbours: Mapping[int, Sequence[FeatureNeighbour]] | None = None,
+    shade: int = 200,
 ) -> None:
     """Write the book of a dictionary: each feature fires in six images of its colour; some have explanations with an accuracy.
 
-    `captions` are the prompts of the images of a feature, by its number.
+    `captions` are the prompts of the images of a feature, by its number. Books of another `shade` have other images.
     """
     site, _, label = name.partition("/")
     place, album = DictionaryRef(Site.parse(site), label), ImageAlbum(study.images)
     files = [
-        album.add(Image.new("RGB", (8, 8), (20 * feature % 256, 90 + 20 * feature // 256, 200)))[0] for feature in range(features)
+        album.add(Image.new("RGB", (8, 8), (20 * feature % 256, 90 + 20 * feature // 256, shade)))[0]
+        for feature in range(features)
     ]
     shot = Shot(model=study.model, prompt="<b>a star</b>", pixels=(8, 8), steps=1, guidance=0.0, split="held-out")
     prompts = [(captions or {}).get(feature, shot.prompt) for feature in range(features)]

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +23,7 @@ from difflex.study import Study
 from difflex.web.feature import average_map
 from difflex.web.layout import NeighbourGraph, lay_out
 
+ITDA, OTHER = "double.1:smooth/itda-12-k4", "double.2/topk-12-k4"
 PLACE = f"/api/dictionaries/{SAE}"
 NEIGHBOURS = {
     9: [
@@ -72,6 +75,20 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture(scope="module")
 def site(study: Study) -> Iterator[Site]:
+    site = Site(study)
+    yield site
+    site.close()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A site with three dictionaries: two whose books have the same images, and one of which the book has others."""
+    study = neighbour_study(tmp_path_factory.mktemp("pair") / "study")
+    write_dictionary(study, ITDA)
+    write_book(study, ITDA)
+    write_matches(study, ITDA, (0.8, 0.3, 0.8, 0.2), per_concept=1)
+    write_dictionary(study, OTHER)
+    write_book(study, OTHER, shade=50)
     site = Site(study)
     yield site
     site.close()
@@ -231,3 +248,51 @@ def test_a_map_follows_a_book_that_is_made_again(tmp_path: Path):
         assert mapped(site)["placed"] == 0 and numbers(site, "within=0,0,1,1") == []
     finally:
         site.close()
+
+
+def test_two_dictionaries_are_compared_by_the_concepts_that_one_detects(pair: Site):
+    answer = pair.json(f"/api/compare?left={SAE}&right={ITDA}")
+    rows = {row["concept"]: (row["left"], row["right"]) for row in answer["concepts"]}  # pyright: ignore
+    assert [*rows] == ["red", "star", "blue"], "best detected first; neither detects a ring"
+    assert [tile["feature"] for tile in rows["red"]] == [0, 0] and [tile["ap"] for tile in rows["star"]] == [0.6, 0.8]
+    page = pair.get("/compare").text
+    assert "Compare" in page and f'href="{WALL}/0"' in page and f'href="/d/{ITDA}/0"' in page
+    assert "/compare?left=double.1%3Asmooth%2Ftopk-12-k4" in pair.get(WALL).text
+    assert f"<option>{ITDA}</option>" in pair.get(f"{WALL}/9").text
+
+
+def test_features_that_fire_at_the_same_places_of_the_same_images_match(pair: Site):
+    answer = pair.json(f"/api/compare/7?left={SAE}&right={ITDA}")
+    assert answer["tile"]["feature"] == 7 and len(answer["images"]) == 1  # pyright: ignore
+    [match] = answer["matches"]  # pyright: ignore
+    assert match["tile"]["feature"] == 7 and match["similarity"] == pytest.approx(1.0)
+    assert match["covered"] == [answer["images"][0]["covered"]]  # pyright: ignore
+    page = pair.get(f"/compare?left={SAE}&right={ITDA}&feature=7").text
+    assert "similarity 1.00" in page and f'href="/image/{ITDA}/42"' in page
+
+
+def test_a_comparison_that_is_not_possible_says_why(pair: Site):
+    for target, status in (
+        (f"/api/compare/12?left={SAE}&right={ITDA}", 404),
+        (f"/compare?left={SAE}&right=double.9/topk-1-k1", 404),
+    ):
+        assert pair.get(target).status == status
+    assert pair.get(f"/compare?left={SAE}&right={ITDA}&feature=-1").status == 422
+    other = f"/compare?left={SAE}&right={OTHER}&feature=7"
+    assert "None of its strongest images is in the book" in pair.get(other).text
+    assert pair.json(f"/api/compare/7?left={SAE}&right={OTHER}")["matches"] == []  # pyright: ignore
+
+
+def test_comparing_reads_no_table_from_end_to_end(pair: Site, study: Study):
+    with Book.open(study.book(*study.find_dictionary(SAE))) as book:
+        connection, plans = book._connection, list[str]()
+
+        def explain(query: str, *values: object) -> list[sqlite3.Row]:
+            plans.extend(row["detail"] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}", values))
+            return []
+
+        book._query = explain  # pyright: ignore
+        book.shots_of("a.webp")
+        book.packed_maps(3, 10)
+        book.examples_in(3, [1, 2])
+    assert len(plans) >= 4 and not [plan for plan in plans if re.match(r"SCAN (?!json_each)", plan)], plans

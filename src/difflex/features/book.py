@@ -187,6 +187,16 @@ class Book:
         """Return the examples of all features that fire in a shot."""
         return self._examples("shot = ? AND kind != 'silent'", shot)
 
+    def examples_in(self, shot: int, features: Iterable[int]) -> list[Example]:
+        """Return the examples of some features in a shot in which they fire."""
+        condition = "shot = ? AND kind != 'silent' AND feature IN (SELECT value FROM json_each(?))"
+        return self._examples(condition, shot, json.dumps(sorted(set(features))))
+
+    def packed_maps(self, shot: int, limit: int) -> list[tuple[int, float, bytes]]:
+        """Return the feature, the peak and the packed map of at most `limit` examples that fire in a shot."""
+        query = "SELECT feature, peak, map FROM examples WHERE shot = ? AND kind != 'silent' LIMIT ?"
+        return [(feature, peak, packed) for feature, peak, packed in self._query(query, shot, limit)]
+
     def shots(self, numbers: Iterable[int]) -> dict[int, ShotRow]:
         """Return the shots of these numbers with their images, by number."""
         table = "shots JOIN images ON images.id = image WHERE shots.id IN (SELECT value FROM json_each(?))"
@@ -237,12 +247,12 @@ class Book:
         query = f"SELECT id, image, {prompt} FROM shots WHERE instr(lower({prompt}), ?) ORDER BY id"
         return self._read(lambda row: CaptionedShot(*row), query, containing)
 
-    def count_top_images(self, shots: Iterable[int]) -> list[tuple[int, int, int]]:
-        """Return each feature with the number of its top images that are among `shots`, if there are any, and of all of them."""
-        hits = "SELECT feature, count(*) AS among FROM examples WHERE shot IN (SELECT value FROM json_each(?)) AND kind = 'top'"
-        all_top = "(SELECT count(*) FROM examples WHERE examples.feature = hits.feature AND kind = 'top')"
-        query = f"SELECT feature, among, {all_top} FROM ({hits} GROUP BY feature) AS hits"
-        return self._read(lambda row: (row[0], row[1], row[2]), query, json.dumps(sorted(set(shots))))
+    def top_images(self) -> Iterator[tuple[int, int]]:
+        """Yield the feature and the shot of each top example: a pass over the whole file."""
+        with sqlite_errors(self.path, ADVICE):
+            cursor = self._connection.cursor()
+            cursor.row_factory = None
+            yield from cursor.execute("SELECT feature, shot FROM examples WHERE kind = 'top'")
 
     def judgements(self, explanation: int) -> list[Judgement]:
         """Return the judgements of an explanation in their order."""

@@ -15,9 +15,11 @@ from difflex.web.answers import ProblemAnswer
 from difflex.web.browse import add_browsing
 from difflex.web.browse_map import add_map
 from difflex.web.catalogue import Catalogue
+from difflex.web.compare import add_comparing
 from difflex.web.guard import LOCAL, Guard
 from difflex.web.pages import HERE, Pages
 from difflex.web.painting import add_paint_page, add_painting
+from difflex.web.reading import add_reading
 from difflex.web.studio import QueueFull, Studio
 
 __all__ = ["make_app"]
@@ -47,7 +49,9 @@ def make_app(study: Study, studio: Studio | None = None, hosts: tuple[str, ...] 
     catalogue, pages = Catalogue(study), Pages(study, can_paint=studio is not None)
     add_browsing(app, catalogue, pages)
     add_map(app, catalogue, pages)
+    add_comparing(app, catalogue, pages)
     add_paint_page(app, pages)
+    add_reading(app, catalogue, pages, studio)
     if studio is not None:
         add_painting(app, catalogue, studio)
     _add_refusals(app, pages)

@@ -143,7 +143,8 @@ def _add_pages(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
     @app.get("/d/{site}/{label}/{feature}", include_in_schema=False)
     def feature(site: str, label: str, feature: int) -> Response:
         answer = catalogue.feature(catalogue.find(site, label), feature)
-        return pages.render("feature.html", title=answer.name, feature=answer)
+        names = [str(ref) for ref in catalogue.by_concepts()]
+        return pages.render("feature.html", title=answer.name, feature=answer, names=names)
 
     @app.get("/search", include_in_schema=False)
     def search(q: Words = "") -> Response:

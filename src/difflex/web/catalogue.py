@@ -158,8 +158,12 @@ class Catalogue:
 
     def front(self) -> DictionaryRef | None:
         """Return the dictionary to begin with: of those with a book the one whose features detect most concepts."""
+        return next(iter(self.by_concepts()), None)
+
+    def by_concepts(self) -> list[DictionaryRef]:
+        """Return the dictionaries with a book, those whose features detect most concepts first."""
         refs = [ref for ref in self.study.dictionaries() if self.study.book(*ref).is_file()]
-        return max(refs, key=lambda ref: self._table(ref).detected, default=None)
+        return sorted(refs, key=lambda ref: -self._table(ref).detected)
 
     def find(self, site: str, label: str) -> DictionaryRef:
         """Return the dictionary of this name."""

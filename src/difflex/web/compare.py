@@ -1,0 +1,235 @@
+"""Two dictionaries side by side: by the concepts that they detect, or what fires in the images of a feature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from fastapi import FastAPI, Path, Query
+from fastapi.responses import Response
+
+from difflex.errors import BadInput
+from difflex.features import Book
+from difflex.features.entries import LEVELS, Example, ShotRow
+from difflex.study import DictionaryRef
+from difflex.web.answers import Answer, TileAnswer, covered_bits
+from difflex.web.catalogue import DETECTS, Catalogue
+from difflex.web.pages import Pages
+
+MOST_CONCEPTS, IMAGES, MATCHES = 80, 8, 5
+"""Rows of concepts, images of a feature, and features that fit it best."""
+CANDIDATES, MOST_MAPS = 40, 1000
+"""Of a feature's examples, how many are looked up in the other book; and how many maps are read in each of its images."""
+
+Name = Annotated[str, Query(max_length=200)]
+Feature = Annotated[int, Path(ge=0, le=10**9)]
+
+
+class ComparedDictionary(Answer):
+    """One of two dictionaries."""
+
+    site: str
+    label: str
+    grid: tuple[int, int] | None
+
+
+class ComparedConcept(Answer):
+    """The features of two dictionaries that detect a concept best."""
+
+    concept: str
+    left: TileAnswer | None
+    right: TileAnswer | None
+
+
+class DictionaryComparison(Answer):
+    """The concepts that one of two dictionaries detects, best detected first."""
+
+    left: ComparedDictionary
+    right: ComparedDictionary
+    concepts: list[ComparedConcept]
+
+
+class ComparedImage(Answer):
+    """An image in which a feature of the left dictionary fires."""
+
+    image: str
+    width: int
+    height: int
+    prompt: str
+    left_shot: int
+    right_shot: int
+    covered: str
+    """The tokens that the feature covers, as in a tile."""
+
+
+class MatchedFeature(Answer):
+    """A feature of the right dictionary that fires where one of the left does."""
+
+    similarity: float
+    """Cosine of the two features' values over all tokens of the images, between 0 and 1."""
+    tile: TileAnswer
+    covered: list[str | None]
+    """The tokens that it covers in each image; null where the book has no example of it."""
+
+
+class FeatureComparison(Answer):
+    """A feature of the left dictionary, and the features of the right one that fire at the same places of its images."""
+
+    left: ComparedDictionary
+    right: ComparedDictionary
+    tile: TileAnswer
+    images: list[ComparedImage]
+    """Its strongest ones that are in both books."""
+    matches: list[MatchedFeature]
+    """Most similar first."""
+
+
+class _Pair(NamedTuple):
+    """An example of a feature, and the shot of the same image in the other book."""
+
+    example: Example
+    own: ShotRow
+    other: ShotRow
+
+
+def add_comparing(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
+    """Add the page that compares two dictionaries, and its JSON twins."""
+
+    @app.get("/api/compare")
+    def concepts(left: Name, right: Name) -> DictionaryComparison:
+        """Two dictionaries (SITE/LABEL) by the concepts that one of them detects: the best feature of each."""
+        return compare_concepts(catalogue, *_refs(catalogue, left, right))
+
+    @app.get("/api/compare/{feature}")
+    def feature(feature: Feature, left: Name, right: Name) -> FeatureComparison:
+        """A feature of the left dictionary in its strongest images, and what fires at the same places in the right one."""
+        return compare_feature(catalogue, *_refs(catalogue, left, right), feature)
+
+    @app.get("/compare", include_in_schema=False)
+    def page(left: Name = "", right: Name = "", feature: Annotated[int | None, Query(ge=0, le=10**9)] = None) -> Response:
+        names = [str(ref) for ref in catalogue.by_concepts()]
+        left = left or next(iter(names), "")
+        right = right or next((name for name in names if name != left), left)
+        if not left:
+            return pages.render("empty.html", title="Nothing to compare yet")
+        refs = _refs(catalogue, left, right)
+        concepts = compare_concepts(catalogue, *refs) if feature is None else None
+        match = None if feature is None else compare_feature(catalogue, *refs, feature)
+        title = f"{left} and {right}"
+        return pages.render("compare.html", title=title, names=names, left=left, right=right, concepts=concepts, match=match)
+
+
+def _refs(catalogue: Catalogue, left: str, right: str) -> tuple[DictionaryRef, DictionaryRef]:
+    return catalogue.study.find_dictionary(left), catalogue.study.find_dictionary(right)
+
+
+def compare_concepts(catalogue: Catalogue, left: DictionaryRef, right: DictionaryRef) -> DictionaryComparison:
+    """Return the concepts that one of two dictionaries detects, with the best feature of each."""
+    best = [_best_features(catalogue, ref) for ref in (left, right)]
+    highest = {concept: max(side[concept][1] for side in best if concept in side) for side in best for concept in side}
+    concepts = sorted((name for name, ap in highest.items() if ap >= DETECTS), key=lambda name: (-highest[name], name))
+    concepts = concepts[:MOST_CONCEPTS]
+    tiles = []
+    for ref, side in zip((left, right), best, strict=True):
+        known = [name for name in concepts if name in side]
+        tiles.append(dict(zip(known, catalogue.tiles(ref, [side[name][0] for name in known]), strict=True)))
+    return DictionaryComparison(
+        left=_named(catalogue, left),
+        right=_named(catalogue, right),
+        concepts=[ComparedConcept(concept=name, left=tiles[0].get(name), right=tiles[1].get(name)) for name in concepts],
+    )
+
+
+def _best_features(catalogue: Catalogue, ref: DictionaryRef) -> dict[str, tuple[int, float]]:
+    """Return for each concept the feature that detects it best, with its average precision."""
+    best: dict[str, tuple[int, float]] = {}
+    for feature, (concept, ap) in catalogue.best_concepts(ref).items():
+        if concept not in best or ap > best[concept][1]:
+            best[concept] = feature, ap
+    return best
+
+
+def _named(catalogue: Catalogue, ref: DictionaryRef) -> ComparedDictionary:
+    return ComparedDictionary(site=str(ref.site), label=ref.label, grid=catalogue.grid(ref))
+
+
+def compare_feature(catalogue: Catalogue, left: DictionaryRef, right: DictionaryRef, feature: int) -> FeatureComparison:
+    """Return the strongest images of a feature, and the features of another dictionary that fire at the same places."""
+    sides = _named(catalogue, left), _named(catalogue, right)
+    if (left_grid := sides[0].grid) is None or (right_grid := sides[1].grid) is None:
+        name = left if sides[0].grid is None else right
+        raise BadInput(f"The features of {name} fire at text tokens, which have no place in an image to compare.")
+    with catalogue.book(left) as book:
+        book.feature(feature)  # an unknown one is an error
+        examples = sorted(book.examples(feature, "top"), key=lambda example: -example.peak)[:CANDIDATES]
+        shots = book.shots(example.shot for example in examples)
+    with catalogue.book(right) as book:
+        pairs = list(_pairs(book, [(example, shots[example.shot]) for example in examples]))
+        similarity = _similarities(book, pairs, left_grid, right_grid)
+        nearest = sorted(similarity, key=lambda other: (-similarity[other], other))[:MATCHES]
+        maps = {(at.feature, at.shot): at for pair in pairs for at in book.examples_in(pair.other.id, nearest)}
+    covered = {place: covered_bits(example.map, example.peak, right_grid) for place, example in maps.items()}
+    return FeatureComparison(
+        left=sides[0],
+        right=sides[1],
+        tile=catalogue.tiles(left, [feature])[0],
+        images=[_compared_image(pair, left_grid) for pair in pairs],
+        matches=[
+            MatchedFeature(
+                similarity=similarity[tile.feature],
+                tile=tile,
+                covered=[covered.get((tile.feature, pair.other.id)) for pair in pairs],
+            )
+            for tile in catalogue.tiles(right, nearest)
+        ],
+    )
+
+
+def _pairs(book: Book, examples: list[tuple[Example, ShotRow]]) -> Iterator[_Pair]:
+    """Yield the first examples whose image is in `book`, each image once, with its shot at the nearest timestep."""
+    files: set[str] = set()
+    for example, own in examples:
+        if own.image.file in files or len(files) == IMAGES:
+            continue
+        if others := book.shots_of(own.image.file):
+            files.add(own.image.file)
+            time = own.shot.timestep or 0.0
+            yield _Pair(example, own, min(others, key=lambda row: abs((row.shot.timestep or 0.0) - time)))
+
+
+def _similarities(book: Book, pairs: list[_Pair], own_grid: tuple[int, int], grid: tuple[int, int]) -> dict[int, float]:
+    """Return the features that fire in the images of the pairs, with the cosine of their values and those of the examples."""
+    dots: dict[int, float] = {}
+    squares: dict[int, float] = {}
+    total = 0.0
+    for pair in pairs:
+        wanted = _resampled(pair.example, own_grid, grid)
+        total += float(wanted @ wanted)
+        for feature, peak, packed in book.packed_maps(pair.other.id, MOST_MAPS):
+            tokens, levels = np.frombuffer(packed, "<u2").reshape(2, -1)
+            values = levels * (peak / LEVELS)
+            dots[feature] = dots.get(feature, 0.0) + float(wanted[tokens] @ values)
+            squares[feature] = squares.get(feature, 0.0) + float(values @ values)
+    return {feature: dot / (total * squares[feature]) ** 0.5 for feature, dot in dots.items() if dot > 0}
+
+
+def _resampled(example: Example, own: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """Return the values of an example at all tokens of another grid, by the nearest token."""
+    values = np.zeros(own[0] * own[1])
+    values[list(example.map.tokens)] = example.map.values
+    rows, columns = (((np.arange(to) + 0.5) * size / to).astype(int) for size, to in zip(own, grid, strict=True))
+    return values.reshape(own)[rows][:, columns].ravel()
+
+
+def _compared_image(pair: _Pair, grid: tuple[int, int]) -> ComparedImage:
+    image = pair.own.image
+    return ComparedImage(
+        image=image.file,
+        width=image.width,
+        height=image.height,
+        prompt=pair.own.shot.prompt,
+        left_shot=pair.own.id,
+        right_shot=pair.other.id,
+        covered=covered_bits(pair.example.map, pair.example.peak, grid),
+    )
