@@ -311,7 +311,10 @@ def leaderboard(scores: Sequence[Score], probes: dict[str, list[float]], groups:
         site, _, view = score.site.partition(":")
         by_row[", ".join(filter(None, (score.method, view)))][score.seed][site] = score
     whole = {name: {seed: by for seed, by in seeds.items() if by.keys() >= probes.keys()} for name, seeds in by_row.items()}
-    return sorted((_row(name, seeds, probes, groups) for name, seeds in whole.items() if seeds), key=lambda row: -row.union[0])
+    return sorted(
+        (_row(name, seeds, probes, groups) for name, seeds in whole.items() if seeds),
+        key=lambda row: -sum(row.union) / len(row.union),
+    )
 
 
 def _row(name: str, seeds: dict[int, dict[str, Score]], probes: dict[str, list[float]], groups: Sequence[str]) -> Row:
