@@ -232,7 +232,7 @@ HOMES: dict[str, set[str]] = {
     "fastapi": {"web"},
     "starlette": {"web"},
     "uvicorn": {"commands"},
-    "numpy": {"web"},
+    "numpy": {"explore", "web"},
 }
 # Of these, what only an extra of pyproject.toml brings, and which one.
 EXTRAS = {

@@ -65,7 +65,8 @@ def page(request: pytest.FixtureRequest, browser: Browser, address: str) -> Iter
 
 
 def numbers(page: Page) -> list[int]:
-    """The features whose tiles are in the page and loaded."""
+    """The features whose tiles are in the page, when all are loaded."""
+    page.wait_for_function("document.querySelector('.tile a') && !document.querySelector('[aria-busy]')")
     return [
         int(re.findall(r"(\d+)\.html$", href)[0]) for href in page.locator(".tile a").evaluate_all("all => all.map(a => a.href)")
     ]

@@ -7,10 +7,15 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
+import numpy as np
+
 from difflex.dictionary_config import fingerprint
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.features import Book
 from difflex.features.detected import DetectedConcepts
 from difflex.study import DictionaryRef, Study
@@ -218,16 +223,40 @@ def _by_explanation(ref: DictionaryRef, book: Book, wanted: frozenset[str]) -> I
 def _by_captions(ref: DictionaryRef, book: Book, words: str) -> Iterator[FoundFeature]:
     """Yield features whose top images have the words in their captions more often than all images of the book."""
     wanted = _stems(words)
-    shots = book.captions(containing=max(wanted, key=len))
-    hits = [row for row in shots if wanted <= _stems(row.caption)]
+    captions = book.captions(containing=max(wanted, key=len))
+    hits = [row for row in captions if wanted <= _stems(row.caption)]
     share = len({row.image for row in hits}) / max(1, book.about.images)
     if not hits or share >= 1:
         return
-    for feature, having, images in book.count_top_images([row.shot for row in hits]):
-        specific = (having / images - share) / (1 - share)
-        if images >= MIN_IMAGES and specific >= SPECIFIC:
-            reason = f"fires in images whose captions say {words.strip()}, {having} of {images}"
-            yield FoundFeature(ref, feature, CAPTIONS * specific, reason)
+    features, shots = _top_images(book)
+    images, having = np.bincount(features), np.bincount(features, np.isin(shots, [row.shot for row in hits]))
+    specific = (having / np.maximum(images, 1) - share) / (1 - share)
+    for feature in np.flatnonzero((images >= MIN_IMAGES) & (having > 0) & (specific >= SPECIFIC)).tolist():
+        reason = f"fires in images whose captions say {words.strip()}, {having[feature]:.0f} of {images[feature]}"
+        yield FoundFeature(ref, feature, CAPTIONS * float(specific[feature]), reason)
+
+
+def _top_images(book: Book) -> tuple[np.ndarray, np.ndarray]:
+    """Return the features and the shots of all top examples of a book; with 65,536 features they take seconds to read, once."""
+    with _reading:
+        return _read_top_images(book.path.resolve(), book.path.stat().st_ino, book.about.fingerprint, book.about.data)
+
+
+@lru_cache(4)
+def _read_top_images(path: Path, *_identity: object) -> tuple[np.ndarray, np.ndarray]:
+    """Read the top examples of the book at `path`, which stay the same while explanations are added to it."""
+    try:
+        with Book.open(path) as book:
+            rows = np.fromiter(book.top_images(), dtype=[("feature", np.uint32), ("shot", np.uint32)])
+            if len(rows) and rows["feature"].max() >= book.about.size:
+                raise ValueError("an example of no feature")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BrokenFile(f"{path} is damaged ({error}). Run difflex collect: it makes the book again.") from error
+    return rows["feature"].copy(), rows["shot"].copy()
+
+
+_reading = Lock()
+"""Only one thread reads top examples at a time: the others wait for what it reads."""
 
 
 def _caption_words(study: Study, ref: DictionaryRef) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from difflex.dictionary_config import fingerprint
+from difflex.dictionary_config import CONFIG, TENSORS, fingerprint
 from difflex.files import parsing, read_json
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
@@ -55,24 +57,40 @@ class DetectedConcepts(NamedTuple):
     @classmethod
     def read(cls, study: Study, ref: DictionaryRef) -> DetectedConcepts | None:
         """Read the concepts of a dictionary; None if `difflex concepts` was not run for it."""
-        path = study.concepts(*ref)
+        path, folder = study.concepts(*ref), study.dictionary(*ref)
         if not path.is_file():
             return None
-        entries = read_json(path, FORMAT, ADVICE)
-        with parsing(path, "results of difflex concepts", ADVICE):
-            names, inputs = [name for name, _ in entries["concepts"]], entries["inputs"] or {}
-            columns = zip(*(entries["features"][column] for column in ("features", "concepts", "ap")), strict=True)
-            results = max((level["results"] for level in entries["levels"]), key=_count_findable, default=[])
-            return cls(
-                site=ref.site,
-                by_feature={int(feature): BestConcept(names[concept], float(ap)) for feature, concept, ap in columns},
-                by_concept={result["concept"][0]: _detector(result["best"]) for result in results},
-                rare=tuple(name for name, _ in entries["rare_concepts"]),
-                images=int(inputs["config"]["images"]) if inputs else 0,
-                settings=inputs["config"] if inputs else {},
-                are_drawn=str(inputs.get("images", "")).startswith("drawn"),
-                is_current=inputs.get("fingerprint") in (None, fingerprint(study.dictionary(*ref))),
-            )
+        states = tuple(_state(file) for file in (path, folder / CONFIG, folder / TENSORS))
+        return _read(path.resolve(), ref.site, folder.resolve(), states)
+
+
+@lru_cache(16)
+def _read(path: Path, site: Site, folder: Path, states: tuple[tuple[int, ...] | None, ...]) -> DetectedConcepts:
+    """Read the concepts of the dictionary in `folder`; they are kept for as long as the states of the files are the same."""
+    entries = read_json(path, FORMAT, ADVICE)
+    with parsing(path, "results of difflex concepts", ADVICE):
+        names, inputs = [name for name, _ in entries["concepts"]], entries["inputs"] or {}
+        columns = zip(*(entries["features"][column] for column in ("features", "concepts", "ap")), strict=True)
+        results = max((level["results"] for level in entries["levels"]), key=_count_findable, default=[])
+        return DetectedConcepts(
+            site=site,
+            by_feature={int(feature): BestConcept(names[concept], float(ap)) for feature, concept, ap in columns},
+            by_concept={result["concept"][0]: _detector(result["best"]) for result in results},
+            rare=tuple(name for name, _ in entries["rare_concepts"]),
+            images=int(inputs["config"]["images"]) if inputs else 0,
+            settings=inputs["config"] if inputs else {},
+            are_drawn=str(inputs.get("images", "")).startswith("drawn"),
+            is_current=inputs.get("fingerprint") in (None, fingerprint(folder)),
+        )
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is replaced or written; None if there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_mtime_ns, state.st_size
 
 
 def _count_findable(results: list[dict[str, Any]]) -> int:
