@@ -293,6 +293,6 @@ def test_comparing_reads_no_table_from_end_to_end(pair: Site, study: Study):
 
         book._query = explain  # pyright: ignore
         book.shots_of("a.webp")
-        book.packed_maps(3, 10)
-        book.examples_in(3, [1, 2])
+        book.features_in([3, 4], 10)
+        book.examples_in([3, 4], [1, 2])
     assert len(plans) >= 4 and not [plan for plan in plans if re.match(r"SCAN (?!json_each)", plan)], plans

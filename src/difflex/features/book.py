@@ -187,15 +187,18 @@ class Book:
         """Return the examples of all features that fire in a shot."""
         return self._examples("shot = ? AND kind != 'silent'", shot)
 
-    def examples_in(self, shot: int, features: Iterable[int]) -> list[Example]:
-        """Return the examples of some features in a shot in which they fire."""
-        condition = "shot = ? AND kind != 'silent' AND feature IN (SELECT value FROM json_each(?))"
-        return self._examples(condition, shot, json.dumps(sorted(set(features))))
+    def features_in(self, shots: Iterable[int], limit: int) -> list[int]:
+        """Return the features that have examples in most of some shots in which they fire, of equal ones the stronger examples."""
+        table = "examples WHERE shot IN (SELECT value FROM json_each(?)) AND kind != 'silent'"
+        query = f"SELECT feature FROM {table} GROUP BY feature ORDER BY count(*) DESC, sum(rank), feature LIMIT ?"
+        return [feature for (feature,) in self._query(query, json.dumps(sorted(set(shots))), limit)]
 
-    def packed_maps(self, shot: int, limit: int) -> list[tuple[int, float, bytes]]:
-        """Return the feature, the peak and the packed map of at most `limit` examples that fire in a shot."""
-        query = "SELECT feature, peak, map FROM examples WHERE shot = ? AND kind != 'silent' LIMIT ?"
-        return [(feature, peak, packed) for feature, peak, packed in self._query(query, shot, limit)]
+    def examples_in(self, shots: Iterable[int], features: Iterable[int]) -> list[Example]:
+        """Return the examples of some features in some shots in which they fire."""
+        condition = (
+            "feature IN (SELECT value FROM json_each(?)) AND +shot IN (SELECT value FROM json_each(?)) AND kind != 'silent'"
+        )
+        return self._examples(condition, json.dumps(sorted(set(features))), json.dumps(sorted(set(shots))))
 
     def shots(self, numbers: Iterable[int]) -> dict[int, ShotRow]:
         """Return the shots of these numbers with their images, by number."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from difflex.errors import BadInput
 from difflex.features import Book
-from difflex.features.entries import LEVELS, Example, ShotRow
+from difflex.features.entries import Example, ShotRow
 from difflex.study import DictionaryRef
 from difflex.web.answers import Answer, TileAnswer, covered_bits
 from difflex.web.catalogue import DETECTS, Catalogue
@@ -19,8 +19,9 @@ from difflex.web.pages import Pages
 
 MOST_CONCEPTS, IMAGES, MATCHES = 80, 8, 5
 """Rows of concepts, images of a feature, and features that fit it best."""
-CANDIDATES, MOST_MAPS = 40, 1000
-"""Of a feature's examples, how many are looked up in the other book; and how many maps are read in each of its images."""
+EXAMPLES, CANDIDATES = 40, 100
+"""Examples of a feature that are looked up in the other book, and features there whose maps are compared: those with examples in
+most of the images."""
 
 Name = Annotated[str, Query(max_length=200)]
 Feature = Annotated[int, Path(ge=0, le=10**9)]
@@ -162,14 +163,15 @@ def compare_feature(catalogue: Catalogue, left: DictionaryRef, right: Dictionary
         raise BadInput(f"The features of {name} fire at text tokens, which have no place in an image to compare.")
     with catalogue.book(left) as book:
         book.feature(feature)  # an unknown one is an error
-        examples = sorted(book.examples(feature, "top"), key=lambda example: -example.peak)[:CANDIDATES]
+        examples = sorted(book.examples(feature, "top"), key=lambda example: -example.peak)[:EXAMPLES]
         shots = book.shots(example.shot for example in examples)
     with catalogue.book(right) as book:
         pairs = list(_pairs(book, [(example, shots[example.shot]) for example in examples]))
-        similarity = _similarities(book, pairs, left_grid, right_grid)
+        numbers = [pair.other.id for pair in pairs]
+        others = book.examples_in(numbers, book.features_in(numbers, CANDIDATES))
+        similarity = _similarities({pair.other.id: _resampled(pair.example, left_grid, right_grid) for pair in pairs}, others)
         nearest = sorted(similarity, key=lambda other: (-similarity[other], other))[:MATCHES]
-        maps = {(at.feature, at.shot): at for pair in pairs for at in book.examples_in(pair.other.id, nearest)}
-    covered = {place: covered_bits(example.map, example.peak, right_grid) for place, example in maps.items()}
+    covered = {(at.feature, at.shot): covered_bits(at.map, at.peak, right_grid) for at in others if at.feature in nearest}
     return FeatureComparison(
         left=sides[0],
         right=sides[1],
@@ -198,19 +200,15 @@ def _pairs(book: Book, examples: list[tuple[Example, ShotRow]]) -> Iterator[_Pai
             yield _Pair(example, own, min(others, key=lambda row: abs((row.shot.timestep or 0.0) - time)))
 
 
-def _similarities(book: Book, pairs: list[_Pair], own_grid: tuple[int, int], grid: tuple[int, int]) -> dict[int, float]:
-    """Return the features that fire in the images of the pairs, with the cosine of their values and those of the examples."""
+def _similarities(wanted: Mapping[int, np.ndarray], examples: Sequence[Example]) -> dict[int, float]:
+    """Return for features the cosine of their values and the `wanted` ones, over all tokens of the shots that `wanted` names."""
     dots: dict[int, float] = {}
     squares: dict[int, float] = {}
-    total = 0.0
-    for pair in pairs:
-        wanted = _resampled(pair.example, own_grid, grid)
-        total += float(wanted @ wanted)
-        for feature, peak, packed in book.packed_maps(pair.other.id, MOST_MAPS):
-            tokens, levels = np.frombuffer(packed, "<u2").reshape(2, -1)
-            values = levels * (peak / LEVELS)
-            dots[feature] = dots.get(feature, 0.0) + float(wanted[tokens] @ values)
-            squares[feature] = squares.get(feature, 0.0) + float(values @ values)
+    for example in examples:
+        tokens, values = np.array(example.map.tokens, dtype=int), np.array(example.map.values)
+        dots[example.feature] = dots.get(example.feature, 0.0) + float(wanted[example.shot][tokens] @ values)
+        squares[example.feature] = squares.get(example.feature, 0.0) + float(values @ values)
+    total = sum(float(values @ values) for values in wanted.values())
     return {feature: dot / (total * squares[feature]) ** 0.5 for feature, dot in dots.items() if dot > 0}
 
 
