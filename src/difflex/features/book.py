@@ -188,7 +188,7 @@ class Book:
         return self._examples("shot = ? AND kind != 'silent'", shot)
 
     def features_in(self, shots: Iterable[int], limit: int) -> list[int]:
-        """Return features that fire in some shots and have examples there, those of most shots first, of equal ones the strongest."""
+        """Return the features with examples in some shots in which they fire: those of most shots first, then the strongest."""
         table = "examples WHERE shot IN (SELECT value FROM json_each(?)) AND kind != 'silent'"
         query = f"SELECT feature FROM {table} GROUP BY feature ORDER BY count(*) DESC, sum(rank), feature LIMIT ?"
         return [feature for (feature,) in self._query(query, json.dumps(sorted(set(shots))), limit)]
