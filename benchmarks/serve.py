@@ -66,7 +66,7 @@ WORDS = [
     "light",
 ]
 READERS, REQUESTS, ROUNDS = 20, 500, 3
-P95, LARGEST, MEMORY, PAINT = 0.080, 300_000, 400e6, 1.0
+P95, SEARCH, LARGEST, MEMORY, PAINT = 0.080, 0.5, 300_000, 400e6, 1.0
 
 
 class Result(NamedTuple):
@@ -242,7 +242,7 @@ def replies(port: int, targets: Sequence[str]) -> list[Reply]:
     return done
 
 
-def kinds_of_requests() -> dict[str, Callable[[random.Random], str]]:
+def kinds_of_requests(images: Sequence[str]) -> dict[str, Callable[[random.Random], str]]:
     """Return what readers ask for, by name: the address of a random request."""
 
     def condition(dice: random.Random) -> str:
@@ -256,12 +256,13 @@ def kinds_of_requests() -> dict[str, Callable[[random.Random], str]]:
         "filter and sort": lambda dice: f"{DATA}?{condition(dice)}",
         "feature": lambda dice: f"{WALL}/{dice.randrange(SIZE)}",
         "twin of a feature": lambda dice: f"{DATA}/{dice.randrange(SIZE)}",
+        "image": lambda dice: f"/images/{dice.choice(images)}",
     }
 
 
-def measure_requests(port: int) -> Iterator[Result]:
+def measure_requests(port: int, images: Sequence[str]) -> Iterator[Result]:
     """Measure each kind of request at 20 readers: the median of three rounds' p95."""
-    for name, address in kinds_of_requests().items():
+    for name, address in kinds_of_requests(images).items():
         dice, rounds = random.Random(name), list[list[Reply]]()
         for _ in range(ROUNDS):
             rounds.append(replies(port, [address(dice) for _ in range(REQUESTS)]))
@@ -271,6 +272,15 @@ def measure_requests(port: int) -> Iterator[Result]:
         value = f"p95 {1000 * p95:.0f} ms, at most {largest / 1000:.0f} kB" + (f", {failed} FAILED" if failed else "")
         passed = bool(p95 < P95 and largest <= LARGEST and not failed)
         yield Result(name, value, f"{1000 * P95:.0f} ms, {LARGEST // 1000} kB", passed)
+
+
+def measure_search(port: int) -> Result:
+    """Measure the search for words that were not searched before, one after the other: the median of seven."""
+    reader = Reader(port)
+    first, *others = [reader.get(f"/api/search?q={word}") for word in WORDS[:8]]
+    seconds = sorted(reply.seconds for reply in others)[len(others) // 2]
+    passed = seconds < SEARCH and all(reply.status == 200 for reply in (first, *others))
+    return Result("search", f"{1000 * seconds:.0f} ms, the first one {first.seconds:.1f} s", f"{1000 * SEARCH:.0f} ms", passed)
 
 
 def memory(process: int) -> float:
@@ -310,7 +320,8 @@ def measure(folder: Path, empty: Path) -> Iterator[Result]:
         start = time.perf_counter()
         Reader(port).get(WALL)
         first = time.perf_counter() - start
-        yield from measure_requests(port)
+        yield from measure_requests(port, sorted(path.name for path in (folder / "images").iterdir()))
+        yield measure_search(port)
         more = memory(process) - without
         yield Result("memory", f"{more / 1e6:.0f} MB more than with an empty study", f"{MEMORY / 1e6:.0f} MB", more < MEMORY)
         yield measure_paint(port)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from difflex.dictionary_config import fingerprint
-from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
 from difflex.features import Book
 from difflex.features.detected import DetectedConcepts
 from difflex.study import DictionaryRef, Study
@@ -250,6 +250,8 @@ def _read_top_images(path: Path, *_identity: object) -> tuple[np.ndarray, np.nda
             rows = np.fromiter(book.top_images(), dtype=[("feature", np.uint32), ("shot", np.uint32)])
             if len(rows) and rows["feature"].max() >= book.about.size:
                 raise ValueError("an example of no feature")
+    except DifflexError:
+        raise
     except (ValueError, TypeError, OverflowError) as error:
         raise BrokenFile(f"{path} is damaged ({error}). Run difflex collect: it makes the book again.") from error
     return rows["feature"].copy(), rows["shot"].copy()

@@ -70,15 +70,25 @@ class ImageAlbum:
 
     def damage(self, file: str) -> str | None:
         """Return a sentence about a file that is missing or damaged; None for one that is whole."""
+        try:
+            self.read(file)
+        except BrokenFile as error:
+            return str(error)
+        return None
+
+    def read(self, file: str) -> bytes:
+        """Return the content of a file, which is compared with its checksum."""
         path = self.folder / file
         if not re.fullmatch(r"[0-9a-f]{32}\.webp", file):
-            return f"'{file}' is not the name of an image in {self.folder}. {REPAIR}"
+            raise BrokenFile(f"'{file}' is not the name of an image in {self.folder}. {REPAIR}")
         try:
             with disk_errors(path, "read"):
-                is_whole = _file_name(path.read_bytes()) == file
-        except FileNotFoundError:
-            return f"The image {path} is missing. {REPAIR}"
-        return None if is_whole else f"The image {path} does not match its name, which is its checksum: it is damaged. {REPAIR}"
+                content = path.read_bytes()
+        except FileNotFoundError as error:
+            raise BrokenFile(f"The image {path} is missing. {REPAIR}") from error
+        if _file_name(content) != file:
+            raise BrokenFile(f"The image {path} does not match its name, which is its checksum: it is damaged. {REPAIR}")
+        return content
 
     def open(self, file: str) -> Image.Image:
         """Return the image in this file."""

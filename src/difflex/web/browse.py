@@ -6,11 +6,11 @@ from math import nan
 from typing import Annotated, NamedTuple
 
 from fastapi import Depends, FastAPI, Query, Request
-from fastapi.responses import FileResponse, RedirectResponse, Response
+from fastapi.responses import RedirectResponse, Response
 from starlette.datastructures import URL
 from starlette.exceptions import HTTPException
 
-from difflex.errors import BadInput, DifflexError
+from difflex.errors import BadInput, BrokenFile, DifflexError
 from difflex.features import ImageAlbum
 from difflex.web.answers import Ballot, DictionaryAnswer, FeatureAnswer, FoundAnswer, ShownExplanation, WallAnswer
 from difflex.web.catalogue import MOST_TILES, SORTS, Catalogue, WallQuery
@@ -157,6 +157,7 @@ def _add_pages(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
 
     @app.get("/images/{file}", include_in_schema=False)
     def image(file: str) -> Response:
-        if (problem := album.damage(file)) is not None:
-            raise HTTPException(404, problem)
-        return FileResponse(album.folder / file, media_type="image/webp", headers=FOREVER)
+        try:
+            return Response(album.read(file), media_type="image/webp", headers=FOREVER)
+        except BrokenFile as error:
+            raise HTTPException(404, str(error)) from error

@@ -19,7 +19,7 @@ import numpy as np
 from fastapi import FastAPI
 from starlette.types import Message, Scope
 
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.explore.search import search, vocabulary
 from difflex.features import ImageAlbum
 from difflex.files import disk_errors, folder_lock, read_json, write_json
@@ -189,11 +189,13 @@ class _Export:
         album, missing = ImageAlbum(self.study.images), 0
         (self.folder / "images").mkdir()
         for file in sorted(self._images):
-            if album.damage(file) is not None:
+            try:
+                content = album.read(file)
+            except BrokenFile:
                 missing += 1
                 continue
             with disk_errors(self.folder):
-                shutil.copyfile(album.folder / file, self.folder / "images" / file)
+                (self.folder / "images" / file).write_bytes(content)
         return missing
 
     def _write_json(self, file: str, content: object) -> None:
