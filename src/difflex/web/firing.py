@@ -27,7 +27,7 @@ MOST_BYTES = 150_000
 FEW_SHOTS = 10
 """A feature that fired in so few shots of its book counts half: its peak there says little."""
 
-FeatureOrder = Literal["peak", "area"]
+FeatureOrder = Literal["both", "peak", "area"]
 
 
 class PlacedFeature(Answer):
@@ -91,8 +91,9 @@ class Firing(NamedTuple):
     def strongest(self, catalogue: Catalogue, ref: DictionaryRef, order: FeatureOrder, also: int | None) -> FiringAnswer:
         """Return the features that are strongest in the image, and the feature `also` as the last one.
 
-        `peak` sorts by the largest value in shares of the feature's peak, `area` by the area that it covers. Both are multiplied
-        by the share of tokens at which the feature is silent in its book, so that what fires everywhere comes late.
+        `peak` sorts by the largest value in shares of the feature's peak, `area` by the area that it covers, `both` by the
+        product of the former and the root of the latter. All are multiplied by the share of tokens at which the feature is silent
+        in its book, so that what fires everywhere comes late.
         """
         figures = catalogue.columns(ref)
         rank = self._ranks(figures, order)
@@ -116,11 +117,11 @@ class Firing(NamedTuple):
         size, scale = len(figures["peak"]), _scale(figures["peak"])
         highest = np.zeros(size)
         np.maximum.at(highest, self.features, self.values)
-        rank = np.minimum(highest / scale, 1.0)
-        if order == "area":
-            covered = self.features[self.values >= COVER_THRESHOLD * scale[self.features]]
-            # Of equal areas the one of the higher peak comes first.
-            rank = np.bincount(covered, minlength=size) / (self.grid[0] * self.grid[1]) + 1e-6 * rank
+        share = np.minimum(highest / scale, 1.0)
+        covered = self.features[self.values >= COVER_THRESHOLD * scale[self.features]]
+        area = np.bincount(covered, minlength=size) / (self.grid[0] * self.grid[1])
+        # The small terms put what fires before what does not, and of equal areas the higher peak first.
+        rank = {"peak": share, "area": area + 1e-6 * share, "both": share * np.sqrt(area + 1e-6)}[order]
         return rank * (1.0 - figures["density"] + 1e-9) * (figures["shots"] + 1) / (figures["shots"] + FEW_SHOTS)
 
     def _answer(self, catalogue: Catalogue, ref: DictionaryRef, chosen: Sequence[int], total: int) -> FiringAnswer:

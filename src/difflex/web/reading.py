@@ -25,6 +25,8 @@ from difflex.web.streams import LINES, stream
 from difflex.web.studio import Event, ImageModel, Report, Shelf, Studio
 
 MOST_DICTIONARIES = 8
+TRIALS = 6
+"""Prompts to begin with."""
 MOST_MAPS = 64
 """Steps times dictionaries of a reading."""
 
@@ -87,6 +89,8 @@ class ReadDictionary(Answer):
     site: str
     label: str
     grid: tuple[int, int]
+    timesteps: list[float]
+    """Those of its book, at which the peaks of its features were measured."""
 
 
 class ReadingAnswer(Answer):
@@ -123,7 +127,7 @@ def _add_books(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
     def page(site: str, label: str, shot: ShotNumber) -> Response:
         ref = catalogue.find(site, label)
         image, firing = _image(catalogue, ref, shot), _known(catalogue, ref, shot)
-        fires = firing.strongest(catalogue, ref, "peak", None) if firing is not None else None
+        fires = firing.strongest(catalogue, ref, "both", None) if firing is not None else None
         return pages.render("image.html", title=image.prompt or "Image", image=image, fires=fires, asked=image)
 
     @app.get("/api/images/{site}/{label}/{shot}")
@@ -133,7 +137,7 @@ def _add_books(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
 
     @app.get("/api/images/{site}/{label}/{shot}/features")
     def features(
-        site: str, label: str, shot: ShotNumber, order: FeatureOrder = "peak", feature: FeatureNumber = None
+        site: str, label: str, shot: ShotNumber, order: FeatureOrder = "both", feature: FeatureNumber = None
     ) -> FiringAnswer:
         """The features that have an example in an image of a book, strongest first; `feature` is there in any case."""
         ref = catalogue.find(site, label)
@@ -157,8 +161,10 @@ def _add_model(app: FastAPI, catalogue: Catalogue, pages: Pages, studio: Studio,
         steps: Annotated[int | None, Query(ge=1, le=MOST_STEPS)] = None,
     ) -> Response:
         asked = {"prompt": prompt, "seed": seed, "steps": steps or catalogue.study.settings.steps}
-        pixels = catalogue.study.settings.pixels or (1, 1)
-        return pages.render("image.html", title=prompt or "A new image", image=None, fires=None, asked=asked, pixels=pixels)
+        pixels, front = catalogue.study.settings.pixels or (1, 1), None if prompt else catalogue.front()
+        trials = [*dict.fromkeys(filter(str.strip, catalogue.prompts(front)))][:TRIALS] if front else []
+        title = prompt or "A new image"
+        return pages.render("image.html", title=title, image=None, fires=None, asked=asked, pixels=pixels, trials=trials)
 
     @app.post("/api/read", response_class=Response, responses={200: {"content": {LINES: {}}, "description": "Events"}})
     async def read(request: ReadRequest) -> Response:
@@ -177,12 +183,12 @@ def _add_readings(app: FastAPI, catalogue: Catalogue, readings: KeptReadings) ->
 
     @app.get("/api/readings/{key}/features")
     def features(
-        key: str, dictionary: Words, step: Place = 0, order: FeatureOrder = "peak", feature: FeatureNumber = None
+        key: str, dictionary: Words, step: Place = 0, order: FeatureOrder = "both", feature: FeatureNumber = None
     ) -> FiringAnswer:
         """The strongest features of a dictionary (SITE/LABEL) in an image at a step, with their maps.
 
-        `order` is `peak`, the largest value in shares of the feature's peak in its book, or `area`, the share of the image that
-        it covers; both count less for a feature that fires at many tokens of any image. `feature` is there in any case.
+        `order` is `peak`, the largest value in shares of the feature's peak in its book, `area`, the share of the image that it
+        covers, or `both`; all count less for a feature that fires at many tokens of any image. `feature` is there in any case.
         """
         ref, firing = _firing(catalogue, readings.get(key), dictionary, step)
         return firing.strongest(catalogue, ref, order, _feature(catalogue, ref, feature))
@@ -217,10 +223,10 @@ def _read(
         parts = {(part.ref, part.step): Firing.of_tokens(part) for part in fired}
         reading = Reading(shot, shelf.add(image), image.size, tuple(timesteps[step] for step in sorted(timesteps)), parts)
         readings.add(key, reading)
-    yield {"type": "reading", **_answer(key, reading, refs).model_dump(mode="json")}
+    yield {"type": "reading", **_answer(catalogue, key, reading, refs).model_dump(mode="json")}
 
 
-def _answer(key: str, reading: Reading, refs: list[DictionaryRef]) -> ReadingAnswer:
+def _answer(catalogue: Catalogue, key: str, reading: Reading, refs: list[DictionaryRef]) -> ReadingAnswer:
     grids = {ref: firing.grid for (ref, _), firing in reading.fired.items()}
     return ReadingAnswer(
         key=key,
@@ -231,9 +237,14 @@ def _answer(key: str, reading: Reading, refs: list[DictionaryRef]) -> ReadingAns
         seed=reading.shot.seed,
         steps=reading.shot.steps,
         timesteps=list(reading.timesteps),
-        dictionaries=[ReadDictionary(site=str(ref.site), label=ref.label, grid=grids[ref]) for ref in refs if ref in grids],
+        dictionaries=[_dictionary(catalogue, ref, grids[ref]) for ref in refs if ref in grids],
         left_out=[str(ref) for ref in refs if ref not in grids],
     )
+
+
+def _dictionary(catalogue: Catalogue, ref: DictionaryRef, grid: tuple[int, int]) -> ReadDictionary:
+    with catalogue.book(ref) as book:
+        return ReadDictionary(site=str(ref.site), label=ref.label, grid=grid, timesteps=list(book.about.timesteps))
 
 
 def _shot(catalogue: Catalogue, request: ReadRequest) -> ShotRow | None:
@@ -261,7 +272,7 @@ def _selected(catalogue: Catalogue, request: ReadRequest, steps: int | None) -> 
     else:
         entries = [entry for entry in catalogue.dictionaries() if entry.has_book]
         refs = [catalogue.find(entry.site, entry.label) for entry in entries]
-        own = request.dictionary and catalogue.study.find_dictionary(request.dictionary)
+        own = catalogue.study.find_dictionary(request.dictionary) if request.dictionary else catalogue.front()
         refs = sorted(refs, key=lambda ref: (ref != own, ref.site.stream != "image"))[:most]
     if not any(ref.site.stream == "image" for ref in refs):
         raise BadInput("None of these dictionaries is of image tokens. Only those have a place in an image.")

@@ -9,8 +9,9 @@ const [reader, overlay, list, view, choice, chosen] = ["reader", "overlay", "fea
 const { site, label, shot, prompt, seed, steps } = reader.dataset;
 const client = (sessionStorage["difflex-client"] ||= [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(16).padStart(2, "0")).join(""));
 const HINT = {
-  peak: "by the largest value in shares of the feature's peak in the book",
-  area: "by the area where it has a fifth of its peak or more",
+  both: "strong in shares of their peaks, and large",
+  peak: "strongest in shares of their peaks in the book",
+  area: "largest, where they have a fifth of their peaks or more",
 };
 const encoded = (text) => encodeURIComponent(text).replaceAll("%3A", ":");
 
@@ -66,9 +67,10 @@ function say(text, step, all) {
 
 function row(entry, grid) {
   const canvas = element("canvas", { "data-levels": entry.levels, "data-rows": grid[0], "data-columns": grid[1], "aria-hidden": "true" });
-  const picture = element("span", { class: "picture" }, element("img", { src: source(), alt: "" }), canvas);
+  const { width, height } = reader.querySelector(".frame img");
+  const picture = element("span", { class: "picture" }, element("img", { src: source(), alt: "", width, height }), canvas);
   const button = element("button", { type: "button", "aria-pressed": "false", "aria-label": `Show where it fires: ${name(entry.tile)}` }, picture);
-  const facts = element("span", { class: "facts" }, `${percent(entry.share)} of its peak`, element("br"), `${percent(entry.area)} of the image`);
+  const facts = element("span", { class: "facts" }, `${percent(entry.share)} of peak`, element("br"), `${percent(entry.area)} of image`);
   const { value, share, area } = entry;
   return element("li", { "data-feature": entry.tile.feature, "data-value": value, "data-share": share, "data-area": area }, button, link(entry.tile), facts);
 }
@@ -95,14 +97,29 @@ async function strongest() {
   byId("where").textContent = "Strongest in the image";
   byId("whole").hidden = true;
   const rest = answer.total > answer.features.length ? ` of ${answer.total.toLocaleString("en")}` : "";
-  byId("count").textContent = `${answer.features.length}${rest} features, ${HINT[order]}; those that fire nearly everywhere come late.`;
+  byId("count").textContent = `${answer.features.length}${rest} features: ${HINT[order]}. What fires nearly everywhere comes late.${compared()}`;
   list.className = "placed";
   list.replaceChildren(...answer.features.map((entry) => row(entry, answer.grid)));
-  choose(list.querySelector(`[data-feature="${feature}"]`) ?? list.firstElementChild);
+  drawAll(list);
+  choose(list.querySelector(`[data-feature="${feature}"]`) ?? first());
+}
+
+// Peaks are those of the book, which may have been made at other noise levels.
+function compared() {
+  const known = reading?.dictionaries.find((entry) => `${entry.site}/${entry.label}` === dictionary())?.timesteps ?? [];
+  const timestep = reading?.timesteps[view.elements.step.value];
+  if (!known.length || known.some((other) => Math.abs(other - timestep) < 1)) return "";
+  const [first, last] = [known[0], known.at(-1)].map(Math.round);
+  return ` The peaks are of t ${first === last ? first : `${first} to ${last}`}.`;
 }
 
 function setGrid([rows, columns]) {
   Object.assign(overlay.dataset, { rows, columns });
+}
+
+// The feature to begin with: the first one that has a name.
+function first() {
+  return [...list.children].find((item) => item.querySelector(".name").textContent !== `feature ${item.dataset.feature}`) ?? list.firstElementChild;
 }
 
 // Put the map of a feature of the list on the image.
@@ -121,7 +138,8 @@ function choose(item) {
   const [title, facts, paint] = chosen.children;
   title.textContent = item.querySelector(".name").textContent;
   title.href = pages(number).page;
-  facts.textContent = `feature ${number}: ${Number(value).toPrecision(3)} at most, ${percent(share)} of its peak, on ${percent(area)} of the image`;
+  const called = title.textContent === `feature ${number}` ? "" : `feature ${number}: `;
+  facts.textContent = `${called}${Number(value).toPrecision(3)} at most, ${percent(share)} of its peak, on ${percent(area)} of the image`;
   if (paint) paint.href = pages(number).paint;
   drawAgain();
 }
@@ -145,10 +163,10 @@ async function askHere() {
     ...answer.features.map((entry) => {
       const item = tile(entry.tile, answer.grid, `/d/${encoded(ofSite)}/${encoded(ofLabel)}`);
       item.dataset.feature = entry.tile.feature;
-      item.querySelector(".facts").textContent = `${entry.tile.feature} · ${entry.value.toPrecision(3)}, ${percent(entry.share)} of its peak`;
+      item.querySelector(".facts").textContent = `${entry.value.toPrecision(3)} · ${percent(entry.share)}`;
       const map = element("button", { type: "button", "aria-pressed": "false", "aria-label": `Show where it fires: ${name(entry.tile)}` }, "map");
       item.append(element("span", { class: "more" }, map));
-      if ("paint" in reader.dataset) item.lastChild.append(element("a", { href: pages(entry.tile.feature).paint }, "paint here"));
+      if ("paint" in reader.dataset) item.lastChild.append(element("a", { href: pages(entry.tile.feature).paint }, "paint"));
       if (entry.tile.feature === feature) map.setAttribute("aria-pressed", "true");
       return item;
     }),
@@ -276,6 +294,7 @@ async function* pieces(stream) {
 // Take a reading as the source of all answers.
 function show(result) {
   const before = reading ? dictionary() : site && `${site}/${label}`;
+  const again = reading !== null;
   reading = result;
   answers.clear();
   const names = result.dictionaries.map((entry) => `${entry.site}/${entry.label}`);
@@ -285,11 +304,21 @@ function show(result) {
   const step = view.elements.step;
   step.max = result.timesteps.length - 1;
   byId("steps").hidden = result.timesteps.length < 2;
+  if (!again) step.value = firstStep(result);
   const image = element("img", { src: `/generated/${result.image}`, alt: result.prompt, width: result.width, height: result.height });
   reader.querySelector(".frame").firstElementChild.replaceWith(image);
   byId("known")?.remove();
   if (byId("read")) byId("read").parentElement.hidden = true;
   showStep();
+}
+
+// The step to begin with: the one that is most like what the book knows.
+function firstStep({ dictionaries, timesteps }) {
+  const known = dictionaries.find((entry) => `${entry.site}/${entry.label}` === dictionary())?.timesteps ?? [];
+  if (!known.length) return Math.floor((timesteps.length - 1) / 2);
+  const middle = known[Math.floor(known.length / 2)];
+  const distance = timesteps.map((timestep) => Math.abs(timestep - middle));
+  return distance.indexOf(Math.min(...distance));
 }
 
 function showStep() {
@@ -334,5 +363,5 @@ addEventListener("resize", () => (drawAll(list), drawAgain()));
 
 if (site) {
   drawAll(list);
-  choose(list.firstElementChild);
-} else if (prompt) read().then((result) => result && strongest());
+  choose(first());
+} else read().then((result) => result && strongest());
