@@ -105,7 +105,7 @@ export class View {
 
   // Show a row of each seed: the unedited image, then one of each factor. `fileOf` returns the file of one, or null.
   showGrid({ seeds, factors, selected, nameOf, fileOf }) {
-    this.#strip.hidden = seeds.length * factors.length < 2;
+    this.#strip.hidden = seeds.length === 1 && factors.length < 2;
     const cells = this.#strip.hidden ? [] : seeds.flatMap((seed) => [null, ...factors].map((factor) => [seed, factor]));
     this.#strip.style.setProperty("--columns", factors.length + 1);
     while (this.#strip.children.length > cells.length) this.#strip.lastChild.remove();

@@ -311,14 +311,31 @@ async function copyLink() {
   say(isCopied ? "The link holds all that you see here, for everybody who reaches this server." : "The address of this page is the link: copy it from the address bar.");
 }
 
+// Where a feature fires in the unedited image at its last step; null where it does not fire.
+async function ownMap(edit) {
+  const state = history.state, name = `${edit.site}/${edit.dictionary}`;
+  const request = { prompt: state.prompt, seed: current().seed, dictionaries: [name], ...(state.steps === null ? {} : { steps: state.steps }) };
+  let reading = null;
+  for await (const event of events("/api/read", request, { name: "-read" })) if (event.type === "reading") reading = event;
+  const place = new URLSearchParams({ dictionary: name, step: reading.timesteps.length - 1, feature: edit.features[0] });
+  const { features, grid } = await getJson(`/api/readings/${reading.key}/features?${place}`);
+  const levels = bytes(features.find((entry) => entry.tile.feature === edit.features[0])?.levels ?? "");
+  return levels.some(Boolean) ? { levels, grid } : null;
+}
+
+// Take as the mask where a feature fires in the image, or in its strongest one; its largest value is edited in full.
 async function useMap() {
   const edit = history.state.edits.find((own) => own.id === selected);
   try {
-    const twin = await twinOf(edit), [rows, columns] = twin.grid ?? gridOf(edit);
-    const top = twin.examples.find((example) => example.kind === "top" && example.levels);
-    if (!top) return say("The book holds no image in which it fires.", true);
-    changeEdit(edit.id, { mask: maskOf(bytes(top.levels), rows, columns) });
-    say("This is where it fires in its strongest image. Drag it with Move.");
+    let map = await ownMap(edit), where = "in this image";
+    if (map === null) {
+      const twin = await twinOf(edit), top = twin.examples.find((example) => example.kind === "top" && example.levels);
+      if (!top || !twin.grid) return say("The book holds no image in which it fires.", true);
+      [map, where] = [{ levels: bytes(top.levels), grid: twin.grid }, "in its strongest image; in this one it is silent"];
+    }
+    const most = Math.max(...map.levels);
+    changeEdit(edit.id, { mask: maskOf(map.levels.map((level) => Math.round((255 * level) / most)), ...map.grid) });
+    say(`This is where it fires ${where}. Drag it to another place with Move.`);
   } catch (error) {
     say(error.message, true);
   }
