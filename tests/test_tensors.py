@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from difflex.errors import BrokenFile
 from difflex.tensors import read_tensors, write_tensors
@@ -31,6 +33,17 @@ def test_every_changed_and_every_missing_byte_is_noticed(tmp_path: Path):
         path.write_bytes(whole[:length])
         with pytest.raises(BrokenFile):
             read_tensors(path, 3, "")
+
+
+def test_the_bytes_are_those_of_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("difflex.tensors.CHUNK", 64)
+    names = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+    tensors = {f"{name} \u00e9": torch.arange(12).view(3, 4).to(getattr(torch, name)) for name in names}
+    tensors |= {"turned": torch.arange(50.0).view(5, 10).T, "one": torch.tensor(3.5), "none": torch.empty(0, 4)}
+    ours = write_tensors(tmp_path / "ours", 3, tensors, {"name": 'a"\\\u00e9\n'}).read_bytes()
+    with safe_open(tmp_path / "ours", "pt") as file:
+        metadata = file.metadata()
+    assert ours == save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
 
 
 def test_another_format_is_refused(tmp_path: Path):

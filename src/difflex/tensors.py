@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from difflex.errors import BrokenFile
@@ -16,6 +15,20 @@ from difflex.files import CHUNK, HEADER, Json, disk_errors, replacing
 
 __all__ = ["TensorFile", "check_tensors", "read_tensors", "write_tensors"]
 
+DTYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+"""The dtypes of our files and their names in a header, in the order of safetensors."""
+DTYPES = [*DTYPE_NAMES]
 UNKNOWN = "0" * 64
 """In place of the checksum, while the file is summed."""
 
@@ -35,16 +48,39 @@ def write_tensors(
     `keep`: a file that exists stays.
     """
     text = json.dumps({"format": format, "sha256": UNKNOWN, **(header or {})}, allow_nan=False)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = memoryview(save(contiguous, metadata={HEADER: text}))
-    start = 8 + int.from_bytes(content[:8], "little")
-    head = bytes(content[:start])
+    # As safetensors does: large items first, so that all are aligned.
+    order = sorted(tensors, key=lambda name: (-DTYPES.index(tensors[name].dtype), name))
+    head = _head(text, {name: tensors[name] for name in order})
     checksum = hashlib.sha256(head)
-    checksum.update(content[start:])
     with replacing(path, keep=keep) as temporary, temporary.open("wb") as file:
+        file.write(head)
+        for name in order:
+            for part in _parts(tensors[name].detach()):
+                checksum.update(part)
+                file.write(part)
+        file.seek(0)
         file.write(head.replace(UNKNOWN.encode(), checksum.hexdigest().encode(), 1))
-        file.write(content[start:])
     return path
+
+
+def _head(text: str, tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the bytes before the tensors, which are stored in this order: the length of the header, and the header."""
+    entries: dict[str, Json] = {"__metadata__": {HEADER: text}}
+    start = 0
+    for name, tensor in tensors.items():
+        end = start + tensor.nbytes
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+        start = end
+    content = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
+
+
+def _parts(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in the order of its indices, some rows at a time, so that no copy of all is in memory."""
+    rows = max(1, CHUNK // max(1, tensor[:1].nbytes)) if tensor.ndim else 1
+    for part in tensor.split(rows) if tensor.ndim else [tensor]:
+        yield memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
 def read_tensors(
