@@ -274,7 +274,7 @@ def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path):
         ("thresholds", lambda x: x * torch.nan, NonFinite, "the tensor 'thresholds' holds"),
         ("thresholds", lambda x: -x, BrokenFile, "cannot be negative"),
         ("decoder", lambda x: x.index_fill(0, torch.tensor(3), 0.0), BrokenFile, "1 of the 96 decoder rows are zero"),
-        ("decoder", lambda x: x.half(), BrokenFile, "the tensor 'decoder' is torch.float16, expected is torch.float32"),
+        ("decoder", lambda x: x.double(), BrokenFile, "the tensor 'decoder' is torch.float64, expected is torch.float32"),
         ("decoder", lambda x: x[:, 1:].contiguous(), BrokenFile, "decoder do not fit the encoder"),
         ("encoder_bias", lambda x: x[None], BrokenFile, "encoder_bias do not fit the encoder"),
         ("normalisation.scale", lambda x: 0 * x, BrokenFile, "not all above 0"),

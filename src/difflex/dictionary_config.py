@@ -38,6 +38,12 @@ class DictionaryConfig:
         settings = self.settings.get("normalisation")
         return str(settings.get("method", "none")) if isinstance(settings, dict) else "none"
 
+    @property
+    def imported(self) -> str:
+        """The tool, and the file or folder, that the dictionary was imported from; empty for one that was made here."""
+        entries = self.training.get("imported")
+        return f"from {entries.get('tool')}: {entries.get('source')}" if isinstance(entries, dict) else ""
+
 
 def read_config(folder: Path) -> DictionaryConfig:
     """Return `config.json` of the dictionary in `folder`, without reading its tensors."""

@@ -39,6 +39,8 @@ VERBS = {
     "neurons": VerbEntry(
         "Train dictionaries", "add the MLP neurons of a block as a baseline dictionary", "difflex.commands.training"
     ),
+    "import": VerbEntry("Train dictionaries", "import a dictionary that another tool wrote", "difflex.commands.interchange"),
+    "export": VerbEntry("Train dictionaries", "write a dictionary for another tool", "difflex.commands.interchange"),
     "evaluate": VerbEntry("Evaluate them", "measure reconstruction on held-out activations", "difflex.commands.evaluation"),
     "concepts": VerbEntry("Evaluate them", "match features with concepts known by mask", "difflex.commands.evaluation"),
     "collect": VerbEntry(
@@ -67,6 +69,8 @@ VERBS = {
     "report": VerbEntry("Run studies", "write a study as one HTML page", "difflex.commands.study"),
     "compare": VerbEntry("Run studies", "compare two studies, or two dictionaries of one", "difflex.commands.study"),
     "pack": VerbEntry("Run studies", "put a study without its activations into one file", "difflex.commands.pack"),
+    "push": VerbEntry("Share dictionaries", "push dictionaries to a repository of the hub", "difflex.commands.hub"),
+    "pull": VerbEntry("Share dictionaries", "copy dictionaries of the hub into a study", "difflex.commands.hub"),
 }
 
 

@@ -28,6 +28,7 @@ from difflex.commands.flags import (
     number,
 )
 from difflex.commands.inputs import load_study_model, named_features, open_book, open_study, study_pixels
+from difflex.dictionary_config import read_config
 from difflex.errors import BadInput, DifflexError
 from difflex.explore.inputs import read_prompts
 from difflex.explore.search import nothing_found, rarity, search
@@ -214,6 +215,9 @@ class FeaturesCommand(Command):
             )
             listed = rows[: self.top]
             print(f"{ref}: {len(rows):,} of {book.about.size:,} features, showing {len(listed)}")
+            with suppress(DifflexError):
+                if imported := read_config(study.dictionary(*ref)).imported:
+                    print(f"The dictionary was imported {imported}")
             print(_features_table(book, listed, concepts, self.measure))
 
 

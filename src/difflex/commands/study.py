@@ -10,10 +10,11 @@ from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.commands import verb_class
+from difflex.dictionary_config import read_config
 from difflex.errors import BadInput, DifflexError
 from difflex.files import Json
 from difflex.images import check_output
-from difflex.study import Command, CommandRecord, Study, read_log
+from difflex.study import Command, CommandRecord, DictionaryRef, Study, read_log
 from difflex.tables import text_table
 
 COLUMNS = ("", "state", "finished (UTC)", "seconds", "verb", "flags")
@@ -41,9 +42,17 @@ class StatusCommand(Command):
             rows = store.count() + store.count("held-out")
             print(f"  {site}: {rows:,} tokens of width {store.width}{'' if store.complete else ', not finished'}")
         for ref in study.dictionaries():
-            print(f"  {ref}")
+            print(f"  {ref}{_imported(study, ref)}")
         if records := read_log(study.folder):
             print(text_table([COLUMNS, *(_line(number, record) for number, record in enumerate(records, 1))]))
+
+
+def _imported(study: Study, ref: DictionaryRef) -> str:
+    """Return where a dictionary was imported from, for its line; nothing for one that was made here or cannot be read."""
+    with suppress(DifflexError):
+        if imported := read_config(study.dictionary(*ref)).imported:
+            return f", imported {imported}"
+    return ""
 
 
 def _line(number: int, record: CommandRecord) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Sparse dictionaries of activations: encode, decode, directions, save and load, for every kind of dictionary."""
 
 from difflex.dictionaries.base import Dictionary, DictionaryOrigin, Neurons, NormalisedDictionary
-from difflex.dictionaries.foreign_itda import read_itda
 from difflex.dictionaries.itda import ITDA
 from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.sae import SAE, SAEWeights
@@ -17,5 +16,4 @@ __all__ = [
     "NormalisedDictionary",
     "SAEWeights",
     "fingerprint",
-    "read_itda",
 ]

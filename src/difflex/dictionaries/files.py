@@ -24,7 +24,8 @@ WeightsDtype = Literal["fp32", "bf16"]
 DTYPES = {"provenance.shots": torch.int64, "provenance.tokens": torch.int64, "provenance.known": torch.uint8}
 """The dtypes of the tensors that are not float32."""
 HALVED = ("encoder", "decoder")
-"""The tensors that may be stored in bf16."""
+"""The tensors that may be stored in bf16, and in fp16 if they were imported from it."""
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def write_files(folder: Path, config: Mapping[str, Json], tensors: Mapping[str, Tensor], weights: WeightsDtype = "fp32") -> Path:
@@ -46,7 +47,7 @@ def read_files(folder: Path, device: str = "cpu") -> tuple[DictionaryConfig, dic
     check_pair(folder, config)
     tensors = read_tensors(folder / TENSORS, FORMAT, ADVICE, device=device).tensors
     _check_tensors(folder / TENSORS, tensors)
-    return config, {name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in tensors.items()}
+    return config, {name: tensor.float() if tensor.dtype in HALVES else tensor for name, tensor in tensors.items()}
 
 
 def stored_weights(folder: Path) -> WeightsDtype:
@@ -59,7 +60,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise an error for a tensor of another dtype than expected, or with NaN or infinity."""
     for name, tensor in tensors.items():
         expected = DTYPES.get(name, torch.float32)
-        if tensor.dtype != expected and (tensor.dtype, name in HALVED) != (torch.bfloat16, True):
+        if tensor.dtype != expected and not (name in HALVED and tensor.dtype in HALVES):
             raise BrokenFile(f"In {path} the tensor '{name}' is {tensor.dtype}, expected is {expected}. {ADVICE}")
         # A sum of finite numbers may overflow, but one with NaN or infinity is never finite.
         if expected == torch.float32 and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():

@@ -128,7 +128,7 @@ def label_suffix(training: Mapping[str, Json]) -> str:
     ]
     parts += [f"{name}{training[name]}" for name in ("seed", "first") if training.get(name)]
     parts += ["pruned"] if "pruned" in training else []
-    return "".join(f"-{part}" for part in parts)
+    return "".join(f"-{part}" for part in parts) + str(training.get("variant", ""))
 
 
 class AtomPatch(NamedTuple):

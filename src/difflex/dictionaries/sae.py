@@ -86,8 +86,9 @@ class SAE(NormalisedDictionary, kinds=KINDS):
         return f"{super().label}{self.origin.training.get('variant', '')}"
 
     def encode(self, x: Float[Tensor, "token width"]) -> Codes:
-        z = self.normalisation.apply(self._validated(x)) - self.bias
-        z = z if self.weights.pre_bias is None else z + self.weights.pre_bias
+        # In one difference: a pre-bias may undo the bias exactly.
+        offset = self.bias if self.weights.pre_bias is None else self.bias - self.weights.pre_bias
+        z = self.normalisation.apply(self._validated(x)) - offset
         if self.weights.thresholds is not None:
             codes = self._search.above(z, self.weights.thresholds).to_codes(len(z), fill=0.0)
             order = codes.values.argsort(dim=1, descending=True, stable=True)

@@ -7,168 +7,185 @@ kisate/flux-saes-gpu (FLUX) writes `cfg.json` and `sae.safetensors`; Leask et al
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
-import safetensors
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from difflex.dictionaries.base import DictionaryOrigin
-from difflex.dictionaries.itda import ITDA, AtomProvenance
-from difflex.dictionaries.normalisation import Normalisation
+from difflex.choices import PursuitName
+from difflex.dictionaries import ITDA, Dictionary, DictionaryOrigin, Normalisation
+from difflex.dictionaries.itda import AtomProvenance
 from difflex.errors import BadInput, BrokenFile, NonFinite
-from difflex.files import Json
-from difflex.records import Site
+from difflex.files import Json, write_file
+from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat, refuse_approximation
+from difflex.interchange.source import ForeignConfig, ForeignSource
+from difflex.interchange.writing import ROUNDING, unit_atoms, write_config, write_pickle, write_safetensors
 
-FLUX_TENSORS = ("xs", "ys", "mean_x", "mean_y", "std_x", "std_y")
-MAX_TEXT = 2**20
-UNREADABLE = (
-    OSError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    TypeError,
-)
-UNREADABLE += (pickle.UnpicklingError, safetensors.SafetensorError)
-"""What reading a damaged file raises."""
-ROUNDING = 2e-2
-"""How far rows that were saved in 16 bits may be from norm one, or from each other."""
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+METADATA, ATOMS, INDICES = "metadata.yaml", "atoms.pt", "atom_indices.pt"
 
 
-def read_itda(folder: Path | str, *, site: Site, model: str | None = None) -> ITDA:
-    """Read the dictionary in `folder`, of either format; the files do not name the `site`, so it has to be given."""
-    folder = Path(folder)
-    if (folder / "cfg.json").is_file():
-        return _read_flux(folder, site, model)
-    if (folder / "metadata.yaml").is_file():
-        return _read_leask(folder, site, model)
-    raise BadInput(f"{folder} holds no ITDA dictionary: it has neither cfg.json nor metadata.yaml. Name the folder that does.")
-
-
-def _read_flux(folder: Path, site: Site, model: str | None) -> ITDA:
-    """Read the format of flux-saes-gpu: inputs divided by `std_x`, then less `mean_x`; gradient pursuit with weights cut at zero.
+@final
+class FluxITDAFormat(ForeignFormat):
+    """The format of flux-saes-gpu: inputs divided by `std_x`, then less `mean_x`; gradient pursuit with weights cut at zero.
 
     Their code removes an atom whose weight is cut from the support; ours keeps it, as Blumensath and Davies do.
     """
-    text = _read_text(folder / "cfg.json")
-    with _reading(folder / "cfg.json", "JSON"):
-        config = json.loads(text)
-    if not isinstance(config, dict):
-        raise BrokenFile(f"{folder}/cfg.json is not a configuration. Copy it again.")
-    size, k = _count(config, "dictionary_size", folder), _count(config, "target_l0", folder)
-    path = folder / "sae.safetensors"
-    tensors = _read_flux_tensors(path, size)
-    atoms, partners = tensors["xs"], tensors["ys"]
-    _check_flux(folder, config, tensors, atoms, partners)
-    deviation = tensors["std_x"]
-    mean = tensors["mean_x"] if config.get("subtract_mean", True) else torch.zeros_like(deviation)
-    return _itda(
-        folder,
-        k=k,
-        origin=DictionaryOrigin(site=site, model=model, training={"read_from": "flux-saes-gpu", "cfg": config}),
-        normalisation=Normalisation(method="standardise", mean=mean * deviation, scale=deviation),
-        atoms=_unit(atoms, path, "xs"),
-        provenance=AtomProvenance.unknown(size),
-        pursuit="gradient",
-    )
 
+    name, tool = "itda-flux", "flux-saes-gpu"
 
-def _read_flux_tensors(path: Path, size: int) -> dict[str, Tensor]:
-    """Return the tensors that we need, of atoms the first `size` rows: later ones are memory that was never written."""
-    with _reading(path, "safetensors"), safetensors.safe_open(path, "pt") as file:
-        names = list(file.keys())
-        if missing := [name for name in FLUX_TENSORS if name not in names]:
-            raise BrokenFile(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(names))[:500]}. Copy it again.")
-        slices = {name: file.get_slice(name) for name in FLUX_TENSORS}
-        if integers := [name for name, part in slices.items() if not part.get_dtype().startswith(("F", "BF"))]:
-            raise BrokenFile(f"{path}: {', '.join(integers)} are not of floating-point numbers. Copy it again.")
-        if size > (rows := (slices["xs"].get_shape() or [0])[0]):
-            raise BrokenFile(f"{path.parent}: cfg.json says {size} atoms, xs has {rows}. Copy both files again.")
-        return {name: part[:size].float() if name in ("xs", "ys") else part[...].float() for name, part in slices.items()}
+    def matches(self, source: ForeignSource) -> bool:
+        return source.has(CONFIG, WEIGHTS) and "target_l0" in source.json(CONFIG).entries
 
-
-def _check_flux(folder: Path, config: dict[str, Json], tensors: dict[str, Tensor], atoms: Tensor, partners: Tensor) -> None:
-    """Raise unless the tensors describe a dictionary of one site."""
-    path = folder / "sae.safetensors"
-    shapes = {name: tensors[name].shape for name in ("mean_x", "mean_y", "std_x", "std_y")}
-    if partners.shape != atoms.shape or set(shapes.values()) != {atoms.shape[1:]}:
-        listed = ", ".join(f"{name} {[*shape]}" for name, shape in {"xs": atoms.shape, "ys": partners.shape, **shapes}.items())
-        raise BrokenFile(f"{path}: the shapes {listed} do not fit together. Copy it again.")
-    same = all(torch.allclose(tensors[f"{name}_x"], tensors[f"{name}_y"], rtol=ROUNDING, atol=1e-4) for name in ("mean", "std"))
-    if config.get("skip_connection") or not same or not torch.allclose(atoms, partners, atol=ROUNDING):
-        raise BadInput(
-            f"The outputs of the atoms in {folder} (ys, mean_y, std_y, skip_connection) differ from the atoms (xs, mean_x, "
-            "std_x): it predicts one site from another and is not a dictionary of a single site. Choose one that is."
+    def read(self, source: ForeignSource) -> ForeignDictionary:
+        config, tensors = source.json(CONFIG), source.tensors(WEIGHTS)
+        size, k = config.count("dictionary_size"), config.count("target_l0")
+        atoms, partners = tensors.matrix("xs"), tensors.matrix("ys")
+        if size > len(atoms):
+            raise BrokenFile(f"{source.path}: cfg.json says {size} atoms, xs has {len(atoms)}. Copy both files again.")
+        if partners.shape != atoms.shape:
+            raise BrokenFile(f"{tensors.path}: the shapes of xs {[*atoms.shape]} and ys {[*partners.shape]} do not fit together.")
+        width = atoms.shape[1]
+        mean, mean_y, deviation, std_y = (tensors.vector(name, width) for name in ("mean_x", "mean_y", "std_x", "std_y"))
+        atoms, partners = atoms[:size].float(), partners[:size].float()  # later rows are memory that was never written
+        same = all(torch.allclose(x, y, rtol=ROUNDING, atol=1e-4) for x, y in ((mean, mean_y), (deviation, std_y)))
+        if config.flag("skip_connection", False) or not same or not torch.allclose(atoms, partners, atol=ROUNDING):
+            raise BadInput(
+                f"The outputs of the atoms in {source.path} (ys, mean_y, std_y, skip_connection) differ from the atoms (xs, "
+                "mean_x, std_x): it predicts one site from another and is not a dictionary of a single site. Choose one that is."
+            )
+        if not torch.isfinite(mean).all():
+            raise NonFinite(f"{tensors.path}: mean_x holds NaN or infinity. Copy it again.")
+        if not (torch.isfinite(deviation) & (deviation > 0)).all():
+            raise BrokenFile(f"{tensors.path}: std_x is not positive everywhere, so inputs cannot be normalised. Copy it again.")
+        centre = mean * deviation if config.flag("subtract_mean", True) else torch.zeros_like(mean)
+        make = partial(
+            _itda,
+            normalisation=Normalisation(method="standardise", mean=centre, scale=deviation),
+            atoms=unit_atoms(atoms, tensors.path, "xs"),
+            provenance=AtomProvenance.unknown(size),
+            pursuit="gradient",
         )
-    if not torch.isfinite(tensors["mean_x"]).all():
-        raise NonFinite(f"{path}: mean_x holds NaN or infinity. Copy it again.")
-    deviation = tensors["std_x"]
-    if not (torch.isfinite(deviation) & (deviation > 0)).all():
-        raise BrokenFile(f"{path}: std_x is not positive everywhere, so inputs cannot be normalised. Copy it again.")
+        return ForeignDictionary(make=make, k=k, model_class="ITDA", config=config.entries)
+
+    def fit(self, dictionary: Dictionary, approximate: bool) -> FittedDictionary:
+        return _fit(self, dictionary, "gradient", ("none", "scale", "standardise"), approximate)
+
+    def write(self, dictionary: Dictionary, folder: Path) -> list[Path]:
+        assert isinstance(dictionary, ITDA)
+        scale = dictionary.normalisation.scale
+        mean = dictionary.normalisation.mean / scale
+        tensors = {"xs": dictionary.atoms, "ys": dictionary.atoms.clone(), "mean_x": mean, "mean_y": mean.clone()}
+        tensors |= {"std_x": scale, "std_y": scale.clone(), "weight": torch.zeros(dictionary.width, dictionary.width)}
+        entries = {
+            "d_model": dictionary.width,
+            "target_l0": dictionary.k,
+            "loss_threshold": None,
+            "add_error": False,
+            "subtract_mean": True,
+            "fvu_loss": True,
+            "start_size": 16,
+            "error_k": None,
+            "skip_connection": False,
+            "preprocessing_steps": 1,
+            "normalize": True,
+            "max_add": None,
+            "dictionary_size": dictionary.size,
+            "steps": 0,
+        }
+        return [write_safetensors(folder / WEIGHTS, tensors), write_config(folder / CONFIG, entries)]
 
 
-def _read_leask(folder: Path, site: Site, model: str | None) -> ITDA:
-    """Read the format of Leask et al.: no normalisation, signed matching pursuit; atoms know their sequence and token."""
-    metadata = _read_flat_yaml(folder / "metadata.yaml")
-    atoms, indices = _read_matrix(folder / "atoms.pt"), _read_matrix(folder / "atom_indices.pt")
-    width = metadata.get("activation_dim", atoms.shape[1])
-    if indices.shape != (len(atoms), 2) or width != atoms.shape[1]:
-        raise BrokenFile(
-            f"{folder}: atoms {[*atoms.shape]}, atom_indices {[*indices.shape]} and activation_dim {width} do not fit together. "
-            "Copy all three files again."
+@final
+class LeaskITDAFormat(ForeignFormat):
+    """The format of Leask et al.: no normalisation, signed matching pursuit; atoms know their sequence and token."""
+
+    name, tool = "itda", "itda"
+
+    def matches(self, source: ForeignSource) -> bool:
+        return source.has(METADATA, ATOMS)
+
+    def read(self, source: ForeignSource) -> ForeignDictionary:
+        metadata = ForeignConfig(source.folder / METADATA, _flat_yaml(source))
+        tensors = source.tensors(ATOMS)
+        atoms, indices = tensors.matrix(""), source.tensors(INDICES).integers("")
+        width = metadata.get("activation_dim", atoms.shape[1])
+        if indices.shape != (len(atoms), 2) or width != atoms.shape[1]:
+            raise BrokenFile(
+                f"{source.path}: atoms {[*atoms.shape]}, atom_indices {[*indices.shape]} and activation_dim {str(width)[:60]} do "
+                "not fit together. Copy all three files again."
+            )
+        make = partial(
+            _itda,
+            normalisation=Normalisation.identity(atoms.shape[1]),
+            atoms=unit_atoms(atoms, tensors.path, "atoms"),
+            provenance=AtomProvenance(shots=indices[:, 0].long(), tokens=indices[:, 1].long()),
+            pursuit="matching",
         )
-    if not atoms.is_floating_point() or indices.dtype not in (torch.int64, torch.int32):
-        raise BrokenFile(f"{folder}: atoms are {atoms.dtype} and atom_indices {indices.dtype}. Copy all three files again.")
-    atoms = atoms.float()
-    return _itda(
-        folder,
-        k=_count(metadata, "k", folder),
-        origin=DictionaryOrigin(site=site, model=model, training={"read_from": "itda", "metadata": metadata}),
-        normalisation=Normalisation.identity(atoms.shape[1]),
-        atoms=_unit(atoms, folder / "atoms.pt", "atoms"),
-        provenance=AtomProvenance(shots=indices[:, 0].long(), tokens=indices[:, 1].long()),
-        pursuit="matching",
+        return ForeignDictionary(make=make, k=metadata.count("k"), model_class="ITDA", config=metadata.entries)
+
+    def fit(self, dictionary: Dictionary, approximate: bool) -> FittedDictionary:
+        return _fit(self, dictionary, "matching", ("none",), approximate)
+
+    def write(self, dictionary: Dictionary, folder: Path) -> list[Path]:
+        assert isinstance(dictionary, ITDA)
+        provenance = dictionary.provenance
+        entries = {"activation_dim": dictionary.width, "k": dictionary.k, "lm_name": dictionary.origin.model}
+        entries |= {"layer": str(dictionary.site), "max_dict_size": dictionary.size}
+        lines = "".join(f"{name}: {json.dumps(value)}\n" for name, value in entries.items())
+        write_file(folder / METADATA, lines.encode())
+        indices = torch.stack([provenance.shots, provenance.tokens], dim=1)
+        paths = [write_pickle(folder / ATOMS, dictionary.atoms), write_pickle(folder / INDICES, indices)]
+        return [*paths, folder / METADATA]
+
+
+def _fit(
+    format: ForeignFormat, dictionary: Dictionary, pursuit: PursuitName, methods: tuple[str, ...], approximate: bool
+) -> FittedDictionary:
+    """Return an ITDA dictionary with the pursuit and one of the normalisations of a format."""
+    if not isinstance(dictionary, ITDA):
+        raise BadInput(f"{dictionary.name} is no ITDA dictionary, and {format.tool} has no others. Choose a format of SAEs.")
+    normalisation, left_out = dictionary.normalisation, []
+    if dictionary.pursuit != pursuit:
+        left_out.append(f"{format.tool} finds codes by the pursuit '{pursuit}', this dictionary by '{dictionary.pursuit}'.")
+    if normalisation.method not in methods:
+        left_out.append(f"{format.tool} cannot express the normalisation '{normalisation.method}'.")
+    if normalisation.clip is not None:
+        left_out.append(f"{format.tool} cannot clip its input, which this dictionary does at {normalisation.clip:g}.")
+    refuse_approximation(dictionary, left_out, approximate)
+    if not left_out:
+        return FittedDictionary(dictionary)
+    if normalisation.method in methods:
+        plain, atoms = (
+            Normalisation(method=normalisation.method, mean=normalisation.mean, scale=normalisation.scale),
+            dictionary.atoms,
+        )
+    else:
+        plain, atoms = Normalisation.identity(dictionary.width, dictionary.device), dictionary.directions
+        if "standardise" in methods:
+            plain = Normalisation(method="standardise", mean=normalisation.mean, scale=plain.scale)
+    fitted = _itda(
+        dictionary.origin, dictionary.k, normalisation=plain, atoms=atoms, provenance=dictionary.provenance, pursuit=pursuit
     )
+    return FittedDictionary(fitted, tuple(left_out))
 
 
-@contextmanager
-def _reading(path: Path, content: str) -> Iterator[None]:
-    """Turn any error of reading a file into one that names it."""
-    try:
-        yield
-    except BrokenFile:
-        raise
-    except UNREADABLE as error:
-        raise BrokenFile(f"{path} cannot be read as {content}: {error}. Copy it again.") from error
+def _itda(origin: DictionaryOrigin, k: int, **parts: Any) -> ITDA:
+    return ITDA(origin=origin, k=k, **parts)
 
 
-def _read_flat_yaml(path: Path) -> dict[str, Json]:
+def _flat_yaml(source: ForeignSource) -> dict[str, Json]:
     """Return the entries of a YAML file of plain `name: value` lines; this format writes no others."""
     entries: dict[str, Json] = {}
-    for line in _read_text(path).splitlines():
+    for line in source.text(METADATA).splitlines():
         if not line.strip() or line.startswith(("#", "---")):
             continue
         name, colon, value = line.partition(":")
         if not colon or name != name.strip():
-            raise BrokenFile(f"{path} holds '{line}', which is not a plain `name: value`. Copy it again.")
+            raise BrokenFile(f"{source.path}/{METADATA} holds '{line[:80]}', which is not a plain `name: value`. Copy it again.")
         entries[name] = _scalar(value.strip())
     return entries
-
-
-def _read_text(path: Path) -> str:
-    with _reading(path, "text"):
-        if path.stat().st_size > MAX_TEXT:
-            raise BrokenFile(f"{path} has {path.stat().st_size} bytes, more than a configuration can. Copy it again.")
-        return path.read_text(encoding="utf-8")
 
 
 def _scalar(text: str) -> Json:
@@ -176,37 +193,3 @@ def _scalar(text: str) -> Json:
         return None if text in ("", "~") else json.loads(text)  # numbers, booleans, null
     except (ValueError, RecursionError):
         return text.strip("'\"")
-
-
-def _read_matrix(path: Path) -> Tensor:
-    with _reading(path, "a tensor"):
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(tensor, Tensor) or tensor.ndim != 2:
-        raise BrokenFile(f"{path} is not a tensor of two axes. Copy it again.")
-    if not tensor.is_contiguous():  # a view of few numbers may claim any size
-        raise BrokenFile(f"{path} holds {[*tensor.shape]} as a view of other numbers. Copy it again.")
-    return tensor
-
-
-def _itda(folder: Path, **parts: Any) -> ITDA:
-    try:
-        return ITDA(**parts)
-    except BadInput as error:
-        raise BrokenFile(f"{folder} cannot be used as a dictionary: {error}") from error
-
-
-def _count(entries: dict[str, Json], name: str, folder: Path) -> int:
-    count = entries.get(name)
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise BrokenFile(f"{folder}: the entry {name} is {count!r}; it must be a number of 1 or more. Copy the files again.")
-    return count
-
-
-def _unit(atoms: Tensor, path: Path, name: str) -> Tensor:
-    """Return `atoms` at norm one, without rounding errors; raise if a norm is too far from one."""
-    norms = torch.linalg.vector_norm(atoms, dim=1)
-    wrong = ~((norms - 1).abs() <= ROUNDING)
-    if wrong.any():
-        first = int(wrong.nonzero()[0, 0])
-        raise BrokenFile(f"{path}: row {first} of {name} has norm {float(norms[first]):.4g}, not one. Copy it again.")
-    return F.normalize(atoms, dim=1)

@@ -1,0 +1,56 @@
+"""The files that exports consist of: written complete or not at all, with the same bytes for the same dictionary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from difflex.errors import BrokenFile
+from difflex.files import replacing, write_file
+
+ROUNDING = 2e-2
+"""How far rows that were saved in 16 bits may be from norm one, or from each other."""
+
+
+def write_config(path: Path, entries: Mapping[str, object]) -> Path:
+    """Write a configuration as JSON and return its path."""
+    write_file(path, (json.dumps(entries, indent=1) + "\n").encode())
+    return path
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Write tensors as safetensors and return the path."""
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    return path
+
+
+def write_pickle(path: Path, content: Mapping[str, object] | Tensor) -> Path:
+    """Write a tensor, or tensors by name, also nested, as `torch.save` does, and return the path."""
+    with replacing(path) as temporary:
+        torch.save(_plain(content), temporary)
+    return path
+
+
+def unit_atoms(atoms: Tensor, path: Path, name: str) -> Tensor:
+    """Return `atoms` in float32 at norm one, without rounding errors; raise if a norm is too far from one."""
+    atoms = atoms.float()
+    norms = torch.linalg.vector_norm(atoms, dim=1)
+    wrong = ~((norms - 1).abs() <= ROUNDING)
+    if wrong.any():
+        first = int(wrong.nonzero()[0, 0])
+        raise BrokenFile(f"{path}: row {first} of {name} has norm {float(norms[first]):.4g}, not one. Copy it again.")
+    return F.normalize(atoms, dim=1)
+
+
+def _plain(content: object) -> object:
+    """Return the content with tensors that hold nothing but their own numbers."""
+    if isinstance(content, Mapping):
+        return {name: _plain(inner) for name, inner in content.items()}
+    return content.detach().cpu().contiguous().clone() if isinstance(content, Tensor) else content
