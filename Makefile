@@ -8,10 +8,10 @@ READY := .venv/ready
 SHAPES := --jaxtyping-packages='difflex,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test style check attack docs bench peers
+.PHONY: help demo serve test test-peers style check attack docs bench peers
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 demo: $(READY)  ## install, then generate images with the embedded model and study it: demo/report.html
 	@echo "demo: generating images with mini-flux into demo/"
@@ -33,6 +33,10 @@ serve: $(READY)  ## open the study of the demo in the browser
 test: $(READY)  ## install, then run the tests
 	@echo "test: running the tests (CPU only, no network)"
 	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+test-peers: $(READY) .venv-peers/ready  ## compare dictionaries with what SAELens, sparsify and others compute; run before a release
+	@echo "test-peers: dictionaries written and read by the tools themselves"
+	@$(BIN)/python -m pytest -m peers tests/test_interchange_peers.py
 
 style: $(READY)  ## check format, lint and types
 	@echo "style: format, lint, types"
