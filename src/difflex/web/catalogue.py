@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -100,7 +100,7 @@ class _FeatureTable:
     tiles: dict[int, TileAnswer] = field(default_factory=dict)
     """Tiles that were shown, to show them again."""
 
-    @property
+    @cached_property
     def detected(self) -> int:
         """How many concepts a feature detects with an average precision of 0.8 or more."""
         return len({best.concept for best in self.concepts.values() if best.ap >= DETECTED})
