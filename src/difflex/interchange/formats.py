@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from difflex.dictionaries import Dictionary, DictionaryOrigin
-from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
 from difflex.files import folder_lock
 from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat
 from difflex.interchange.dictionary_learning import DictionaryLearningFormat
@@ -123,9 +123,13 @@ def read_dictionary(
     k = _choose_k(found, source, origin, k, activations)
     try:
         dictionary = found.make(origin, k)
-        return dictionary if keep_halves else _in_float32(dictionary)
     except BadInput as error:
         raise BrokenFile(f"{path} cannot be used as a dictionary: {error}") from error
+    for name, tensor in dictionary.state().tensors.items():
+        # A sum of finite numbers may overflow, but one with NaN or infinity is never finite.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise NonFinite(f"{path}: {name} holds NaN or infinity: no dictionary can be used so. Copy it again.")
+    return dictionary if keep_halves else _in_float32(dictionary)
 
 
 def write_dictionary(dictionary: Dictionary, format: str, folder: Path | str, *, approximate: bool = False) -> ExportResult:
