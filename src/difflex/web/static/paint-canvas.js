@@ -23,16 +23,16 @@ export class MaskCanvas {
   opacity = 1;
   #canvas;
   #onChange;
+  #say;
   #rows = 0;
   #columns = 0;
   #levels = null; // null: nothing is painted on
   #cursor = null; // the token under the keyboard
   #stroke = null; // where the stroke is, and what there was before it
 
-  // `onChange` is called with the mask after each stroke.
-  constructor(canvas, onChange) {
-    this.#canvas = canvas;
-    this.#onChange = onChange;
+  // `onChange` is called with the mask after each stroke, `say` with a sentence about the token under the keyboard.
+  constructor(canvas, onChange, say) {
+    [this.#canvas, this.#onChange, this.#say] = [canvas, onChange, say];
     canvas.addEventListener("pointerdown", (event) => this.#begin(event));
     canvas.addEventListener("pointermove", (event) => this.#go(event));
     canvas.addEventListener("pointerup", () => this.#end());
@@ -63,7 +63,7 @@ export class MaskCanvas {
   draw() {
     const shares = Float32Array.from(this.#levels ?? [], (level) => level / 255);
     if (this.#levels === null) return drawShares(this.#canvas, shares, 1, 1, { style: "plain" });
-    drawShares(this.#canvas, shares, this.#rows, this.#columns, { style: "both", threshold: 0, opacity: 0.4 });
+    drawShares(this.#canvas, shares, this.#rows, this.#columns, { style: "both", threshold: 0, opacity: 0.3 });
     if (this.#cursor && document.activeElement === this.#canvas) this.#drawCursor();
   }
 
@@ -150,6 +150,8 @@ export class MaskCanvas {
     if (by) this.#cursor = [clamp(this.#cursor[0] + by[0], this.#rows), clamp(this.#cursor[1] + by[1], this.#columns)];
     else this.change((levels) => ((this.#levels = levels.slice()), this.#dab(this.#cursor[0] + 0.5, this.#cursor[1] + 0.5), this.#levels));
     this.draw();
+    const [row, column] = this.#cursor, level = this.#levels[row * this.#columns + column];
+    this.#say(`Row ${row + 1}, column ${column + 1}: ${level ? `painted, ${Math.round(level / 2.55)} %` : "not painted"}.`);
   }
 }
 

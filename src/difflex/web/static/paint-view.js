@@ -83,11 +83,11 @@ export class View {
     this.#under.hidden = !(this.#mode === "wipe" && both);
     this.#difference.hidden = !(this.#mode === "difference" && both);
     const value = this.#values[this.#mode] ?? 50;
-    [text.textContent, range.min, range.max] = this.#mode === "difference" ? ["Amplified", 1, 16] : ["Edited from", 0, 100];
+    [text.textContent, range.min, range.max] = this.#mode === "difference" ? ["Amplified", 1, 16] : ["Edge at", 0, 100];
     range.value = value;
     output.value = this.#mode === "difference" ? `${value} times` : `${Math.round(value)} %`;
     this.#under.style.setProperty("--cut", `${100 - this.#values.wipe}%`);
-    document.getElementById("hint").hidden = this.#shown[1] !== null;
+    this.#frames.forEach((frame, i) => (frame.querySelector(".hint").hidden = this.#shown[i] !== null));
     if (!this.#difference.hidden) this.#drawDifference();
   }
 

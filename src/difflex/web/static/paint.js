@@ -153,7 +153,8 @@ function renderImages() {
   $("edited").classList.toggle("stale", isStale[1]);
   $("download-edit").disabled = active.length === 0;
   $("download-image").disabled = (after ?? before) === null;
-  const nameOf = (value) => (active.length === 1 && active[0].operation !== "ablate" ? `${Number((value * active[0].strength).toPrecision(3))}` : value === 1 ? "edited" : `× ${value}`);
+  const signed = (value) => `${Number(value.toPrecision(3))}`.replace("-", "−");
+  const nameOf = (value) => (active.length === 1 && active[0].operation !== "ablate" ? signed(value * active[0].strength) : value === 1 ? "edited" : `× ${signed(value)}`);
   view.showGrid({ seeds: seedsOf(state), factors: active.length ? factorsOf(state) : [], selected: { seed, factor: active.length ? factor : null }, nameOf, fileOf });
 }
 
@@ -409,6 +410,8 @@ function listen() {
   $("clear").addEventListener("click", () => mask.change((levels) => new Uint8Array(levels.length)));
   $("invert").addEventListener("click", () => mask.change((levels) => levels.map((level) => 255 - level)));
   document.addEventListener("keydown", (event) => {
+    const tool = { b: "brush", e: "eraser", m: "move" }[event.key];
+    if (tool && event.target === $("mask")) return document.querySelector(`[name=tool][value=${tool}]`).click();
     if (!(event.ctrlKey || event.metaKey) || event.altKey || !["z", "y"].includes(event.key.toLowerCase())) return;
     event.preventDefault();
     travel(event.shiftKey || event.key.toLowerCase() === "y" ? 1 : -1);
@@ -428,7 +431,7 @@ async function start() {
   settings = await getJson("/api/paint");
   history = new History(await startState());
   $("auto").checked = localStorage.getItem(`difflex-auto ${settings.model}`) !== "false";
-  mask = new MaskCanvas($("mask"), (painted) => changeEdit(selected, { mask: painted }));
+  mask = new MaskCanvas($("mask"), (painted) => changeEdit(selected, { mask: painted }), say);
   cards = new Cards($("cards"), changeEdit, act);
   view = new View(forget, (seed, factor) => ((cell = { row: seed - history.state.seed, factor }), renderImages()));
   finder($("find"), $("found"), settings, choose);
