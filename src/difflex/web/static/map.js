@@ -4,7 +4,7 @@ import { draw } from "/static/maps.js";
 import { tile } from "/static/tile.js";
 
 const NONE = 255, NOWHERE = 65535, REACH = 16, MOST_ZOOM = 200;
-const CONCEPTS = ["#2b7fd4", "#e07b1a", "#2f9e55", "#d2413f", "#8f63c7", "#a0714f", "#e26fb8", "#8c8c1f", "#17a2b0", "#5c6ad6"];
+const CONCEPTS = ["#2b7fd4", "#e07b1a", "#2f9e55", "#d2413f", "#8f63c7", "#a0714f", "#e26fb8", "#8c8c1f", "#17a2b0", "#5c6ad6"].map(parse);
 const SCALE = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [240, 220, 50]];
 const BUCKETS = 24;
 const CELLS = 128;
@@ -22,7 +22,10 @@ let answer, places, levels, order = [], cells;
 let view = { x: 0.5, y: 0.5, zoom: 1 };
 let near = marked, box = null, tiles = new Map();
 
-const css = (name) => getComputedStyle(map).getPropertyValue(name);
+function parse(hex) {
+  return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+}
+const css = (name) => getComputedStyle(map).getPropertyValue(name).trim();
 
 async function get(address) {
   const reply = await fetch(address);
@@ -75,12 +78,13 @@ async function recolour() {
   explain();
 }
 
+// Red, green and blue.
 function colourOf(bucket) {
-  if (bucket === 0) return css("--quiet");
-  if (colour.value === "concept") return CONCEPTS[bucket - 1] ?? css("--quiet");
+  if (bucket === 0) return parse(css("--quiet"));
+  if (colour.value === "concept") return CONCEPTS[bucket - 1] ?? parse(css("--quiet"));
   const at = ((bucket - 0.5) / BUCKETS) * (SCALE.length - 1);
   const [low, high] = [SCALE[Math.floor(at)], SCALE[Math.ceil(at)]];
-  return `rgb(${low.map((value, i) => Math.round(value + (high[i] - value) * (at % 1)))})`;
+  return low.map((value, i) => Math.round(value + (high[i] - value) * (at % 1)));
 }
 
 function explain() {
@@ -88,7 +92,7 @@ function explain() {
   const figure = (value) => Number(value.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3 });
   const swatch = (bucket) => {
     const node = document.createElement("i");
-    node.style.background = colourOf(bucket);
+    node.style.background = `rgb(${colourOf(bucket)})`;
     return node;
   };
   if (colour.value === "concept") {
@@ -132,17 +136,8 @@ function paintNow() {
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
   const radius = Math.min(7, Math.max(0.8, 120 / Math.sqrt(answer.placed)) * Math.sqrt(view.zoom));
-  order.forEach((features, bucket) => {
-    pen.fillStyle = colourOf(bucket);
-    pen.beginPath();
-    for (const feature of features) {
-      const [x, y] = onCanvas(f, feature);
-      if (x < -radius || y < -radius || x > f.width + radius || y > f.height + radius) continue;
-      if (radius < 2) pen.rect(x - radius, y - radius, 2 * radius, 2 * radius);
-      else pen.moveTo(x + radius, y), pen.arc(x, y, radius, 0, 7);
-    }
-    pen.fill();
-  });
+  if (radius < 2) squares(pen, f, ratio, radius);
+  else circles(pen, f, radius);
   names(pen, f);
   if (near >= 0 && near < answer.features && places[2 * near] !== NOWHERE) {
     const [x, y] = onCanvas(f, near);
@@ -162,6 +157,35 @@ function paintNow() {
     pen.lineWidth = 1.5;
     pen.strokeRect(box[0], box[1], box[2] - box[0], box[3] - box[1]);
   }
+}
+
+// Many small points: far quicker as pixels than as shapes.
+function squares(pen, f, ratio, radius) {
+  const image = pen.createImageData(canvas.width, canvas.height), pixels = new Uint32Array(image.data.buffer);
+  const size = Math.max(1, Math.round(2 * radius * ratio));
+  order.forEach((features, bucket) => {
+    const [red, green, blue] = colourOf(bucket), value = (255 << 24) | (blue << 16) | (green << 8) | red;
+    for (const feature of features) {
+      const [x, y] = onCanvas(f, feature).map((at) => Math.round(at * ratio - size / 2));
+      if (x < 0 || y < 0 || x + size > image.width || y + size > image.height) continue;
+      for (let row = 0; row < size; row++) pixels.fill(value, (y + row) * image.width + x, (y + row) * image.width + x + size);
+    }
+  });
+  pen.putImageData(image, 0, 0);
+}
+
+function circles(pen, f, radius) {
+  order.forEach((features, bucket) => {
+    pen.fillStyle = `rgb(${colourOf(bucket)})`;
+    pen.beginPath();
+    for (const feature of features) {
+      const [x, y] = onCanvas(f, feature);
+      if (x < -radius || y < -radius || x > f.width + radius || y > f.height + radius) continue;
+      pen.moveTo(x + radius, y);
+      pen.arc(x, y, radius, 0, 7);
+    }
+    pen.fill();
+  });
 }
 
 // The names of concepts, the best detected first, where they do not cover each other.
