@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -116,6 +116,19 @@ def our_itda(pursuit: str = "positive-matching", normalisation: Normalisation | 
         provenance=AtomProvenance(shots=torch.arange(SIZE), tokens=torch.arange(SIZE)),
         pursuit=pursuit,  # pyright: ignore[reportArgumentType]
     )
+
+
+def fae_file(folder: Path) -> Path:
+    """Write a flat file as of fae: a whitening matrix in bf16, moments of the rotated input."""
+    folder.mkdir(parents=True)
+    basis, means = torch.linalg.qr(rand(WIDTH, WIDTH, seed=4)).Q.bfloat16().float(), 3 * rand(WIDTH, seed=5)
+    squares = means.square() + rand(WIDTH, seed=7).abs() + 0.01
+    info = {"whitening_matrix": basis, "feature_means": means, "feature_square_means": squares}
+    biases = {"b_pre": rand(WIDTH, seed=8), "b_post": rand(WIDTH, seed=9), "b_mid": torch.zeros(SIZE)}
+    weights = {**biases, "W_enc": rand(WIDTH, SIZE, seed=6), "W_dec": rand(SIZE, WIDTH, seed=10)}
+    flat = {f"info.{name}": x for name, x in info.items()} | {f"sae_params.{name}": x for name, x in weights.items()}
+    save_file({name: x.contiguous() for name, x in flat.items()}, folder / "fae.safetensors")
+    return folder
 
 
 WRITTEN: dict[str, tuple[str, Dictionary]] = {

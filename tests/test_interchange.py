@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,16 +19,18 @@ from interchange_cases import (
     dense,
     difference,
     differences,
+    fae_file,
     note,
     our_itda,
     our_sae,
     rand,
     read_case,
+    whitening,
 )
 from safetensors.torch import load_file, save_file
 
 from difflex.cli import main
-from difflex.dictionaries import SAE, Dictionary
+from difflex.dictionaries import ITDA, SAE, Dictionary, Normalisation
 from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
 from difflex.interchange import FORMATS, compare_reconstructions, detect_format, read_dictionary, write_dictionary
 from difflex.records import ActivationBatch
@@ -49,8 +52,88 @@ def test_what_is_written_comes_back(name: str, tmp_path: Path):
     result = write_dictionary(dictionary, format, tmp_path / "out")
     assert not result.approximations and all(path.is_file() for path in result.files)
     assert detect_format(tmp_path / "out").name == format
-    back = read_dictionary(tmp_path / "out", site=SITE, k=K if format == "overcomplete" else None)
-    x = rand(40, WIDTH, seed=5)
+    k = K if dictionary.kind == "jumprelu" or format == "overcomplete" else None
+    back, x = read_dictionary(tmp_path / "out", site=SITE, k=k), rand(64, WIDTH, seed=20)
+    assert (back.kind, back.k) == (dictionary.kind, dictionary.k)
+    assert difference(dense(back, x), dense(dictionary, x)) < 1e-6
+    assert difference(back.decode(back.encode(x)), dictionary.decode(dictionary.encode(x))) < 1e-6
+
+
+@pytest.mark.parametrize("format", ["sdxl-unbox", "saeuron"])
+def test_formats_of_tools_that_are_no_package_hold_a_topk_sae(format: str, tmp_path: Path):
+    sae = our_sae()
+    write_dictionary(sae, format, tmp_path / "out")
+    back, x = read_dictionary(tmp_path / "out", site=SITE), rand(64, WIDTH, seed=20)
+    assert detect_format(tmp_path / "out").name == format and (back.kind, back.k) == ("topk", K)
+    assert difference(dense(back, x), dense(sae, x)) < 1e-6
+
+
+def test_an_sdxl_unbox_sae_computes_by_its_formula(tmp_path: Path):
+    encoder, decoder, bias, latent = rand(SIZE, WIDTH), rand(WIDTH, SIZE, seed=1), rand(WIDTH, seed=2), rand(SIZE, seed=3)
+    state = {"encoder.weight": encoder, "decoder.weight": decoder, "pre_bias": bias, "latent_bias": latent}
+    state["stats_last_nonzero"] = torch.zeros(SIZE, dtype=torch.int64)
+    torch.save({"state_dict": state}, tmp_path / "state_dict.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"n_dirs_local": SIZE, "d_model": WIDTH, "k": K, "auxk": 256}))
+    torch.save(torch.ones(SIZE), tmp_path / "mean.pt")
+    sae, x = read_dictionary(tmp_path, site=SITE), rand(40, WIDTH, seed=5)
+    top = ((x - bias) @ encoder.T + latent).topk(K)
+    codes = torch.zeros(40, SIZE).scatter_(1, top.indices, top.values.relu())
+    assert difference(dense(sae, x), codes) < 1e-6
+    assert difference(sae.decode(sae.encode(x)), codes @ decoder.T + bias) < 1e-6
+
+
+def test_a_fae_sae_computes_by_its_formula(tmp_path: Path):
+    sae, x = read_dictionary(fae_file(tmp_path / "fae"), site=SITE, k=K), 20 * rand(64, WIDTH, seed=20)
+    assert detect_format(tmp_path / "fae").name == "fae"
+    stored = {name.partition(".")[2]: x.double() for name, x in load_file(tmp_path / "fae" / "fae.safetensors").items()}
+    means, basis = stored["feature_means"], stored["whitening_matrix"]
+    std = (stored["feature_square_means"] - means.square()).clamp_min(1e-6).sqrt()
+    z = ((x.double() @ basis - means) / std).clamp(-10, 10)
+    assert (z.abs() == 10).any()
+    top = ((z - stored["b_post"] + stored["b_pre"]) @ stored["W_enc"]).topk(K)
+    codes = torch.zeros(64, SIZE, dtype=torch.float64).scatter_(1, top.indices, top.values)
+    y = ((codes @ stored["W_dec"] + stored["b_post"]) * std + means) @ basis.T
+    assert difference(dense(sae, x), codes) < 1e-6 and difference(sae.decode(sae.encode(x)), y) < 1e-6
+    with pytest.raises(BadInput, match="read, not written"):
+        write_dictionary(sae, "fae", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("format", "pursuit", "normalisation"),
+    [
+        ("itda", "matching", Normalisation.identity(WIDTH)),
+        ("itda-flux", "gradient", replace(whitening(), method="standardise", basis=None)),
+    ],
+)
+def test_itda_formats_hold_an_itda_dictionary(format: str, pursuit: str, normalisation: Normalisation, tmp_path: Path):
+    itda = our_itda(pursuit, normalisation)
+    write_dictionary(itda, format, tmp_path / "out")
+    back, x = read_dictionary(tmp_path / "out", site=SITE), rand(40, WIDTH, seed=5)
+    assert isinstance(back, ITDA) and (back.k, back.pursuit) == (K, pursuit)
+    assert difference(dense(back, x), dense(itda, x)) < 1e-5
+    assert format == "itda-flux" or back.patch(3) is not None
+
+
+@pytest.mark.parametrize(
+    ("dictionary", "format", "reason"),
+    [
+        (our_sae(normalisation=replace(whitening(), clip=2.0)), "saelens", "cannot clip its input"),
+        (our_sae(relu=False), "sdxl-unbox", "no negative codes"),
+        (our_sae("jumprelu"), "sparsify", "keeps those over a threshold"),
+        (our_sae(), "overcomplete", "no decoder bias"),
+        (our_itda("orthogonal"), "saelens", "by the pursuit 'orthogonal'"),
+        (our_itda(normalisation=whitening()), "saelens", "scales or turns the space"),
+        (our_itda("gradient", whitening()), "itda-flux", "the normalisation 'whiten'"),
+        (our_itda("orthogonal"), "itda", "by the pursuit 'matching'"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_or_approximated(dictionary: Dictionary, format: str, reason: str, tmp_path: Path):
+    with pytest.raises(BadInput, match=reason):
+        write_dictionary(dictionary, format, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = write_dictionary(dictionary, format, tmp_path / "out", approximate=True)
+    assert any(reason in sentence for sentence in result.approximations)
+    back, x = read_dictionary(tmp_path / "out", site=SITE, k=K if format == "overcomplete" else None), rand(40, WIDTH, seed=5)
     assert difference(dense(back, x), dense(result.written, x)) < 1e-5
     batch = ActivationBatch(x, torch.zeros(40, dtype=torch.long), torch.zeros(40, dtype=torch.long))
     measured = compare_reconstructions(dictionary, result.written, [batch])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interchange_cases import FROZEN, SITE, WIDTH, K, cases, note, our_itda, our_sae, rand
+from interchange_cases import FROZEN, SITE, WIDTH, K, cases, fae_file, note, our_itda, our_sae, rand
 
 from difflex.dictionaries import Normalisation
 from difflex.errors import DifflexError
@@ -35,6 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_dictionary(our_sae(), name, root / name / "topk")
     write_dictionary(our_itda("matching", Normalisation.identity(WIDTH)), "itda", root / "itda" / "itda")
     write_dictionary(our_itda("gradient"), "itda-flux", root / "itda-flux" / "itda")
+    fae_file(root / "fae" / "fae")
     return root
 
 

@@ -35,7 +35,7 @@ KINDS: dict[str, SAEKind] = {
     "BatchTopKSAE": "batchtopk",
     "MatryoshkaBatchTopKSAE": "matryoshka",
 }
-TOLD_BY = {
+CLASS_BY_TENSOR = {
     "group_sizes": "MatryoshkaBatchTopKSAE",
     "gate_bias": "GatedAutoEncoder",
     "W_enc": "JumpReluAutoEncoder",
@@ -81,7 +81,7 @@ class DictionaryLearningFormat(ForeignFormat):
             thresholds=thresholds,
             centres_input=model_class not in ("AutoEncoderNew", "JumpReluAutoEncoder"),
         )
-        k = None if kind == "jumprelu" else int(tensors.number("k"))
+        k = None if kind == "jumprelu" else tensors.count("k")
         return ForeignDictionary(
             make=make, k=k, fires_over_thresholds=thresholds is not None, model_class=model_class, config=config.entries
         )
@@ -118,14 +118,15 @@ class DictionaryLearningFormat(ForeignFormat):
 
 def _class(trainer: ForeignConfig, tensors: ForeignTensors) -> str:
     """Return the class that wrote the files."""
-    told = trainer.get("dict_class") or next((TOLD_BY[name] for name in TOLD_BY if name in tensors.names), None)
-    if told is None:
+    by_tensor = next((CLASS_BY_TENSOR[name] for name in CLASS_BY_TENSOR if name in tensors.names), "")
+    model_class = str(trainer.get("dict_class", by_tensor))
+    if not model_class:
         raise BadInput(
             f"{tensors.path} is of AutoEncoderTopK or BatchTopKSAE, and config.json, which says which, is missing. Copy it too."
         )
-    if told not in KINDS:
-        raise BadInput(f"{trainer.path}: the class {str(told)[:60]} cannot be read. These can: {', '.join(KINDS)}.")
-    return str(told)
+    if model_class not in KINDS:
+        raise BadInput(f"{trainer.path}: the class {model_class[:60]} cannot be read. These can: {', '.join(KINDS)}.")
+    return model_class
 
 
 def _thresholds(model_class: str, tensors: ForeignTensors, size: int) -> Tensor | None:

@@ -15,6 +15,7 @@ from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
 from difflex.files import folder_lock
 from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat
 from difflex.interchange.dictionary_learning import DictionaryLearningFormat
+from difflex.interchange.fae import FaeFormat
 from difflex.interchange.itda import FluxITDAFormat, LeaskITDAFormat
 from difflex.interchange.overcomplete import OvercompleteFormat
 from difflex.interchange.saelens import SAELensFormat
@@ -29,6 +30,7 @@ FORMATS: tuple[ForeignFormat, ...] = (
     SAeUronFormat(),
     DictionaryLearningFormat(),
     SDXLUnboxFormat(),
+    FaeFormat(),
     FluxITDAFormat(),
     LeaskITDAFormat(),
     OvercompleteFormat(),

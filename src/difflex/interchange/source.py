@@ -191,6 +191,13 @@ class ForeignTensors:
             raise BrokenFile(f"{self.path}: {name or 'the tensor'} is of {tensor.dtype}, not of whole numbers. Copy it again.")
         return tensor
 
+    def count(self, name: str) -> int:
+        """Return a tensor of one whole number above 0."""
+        self.integers(name)
+        if (count := self.number(name)) < 1:
+            raise BrokenFile(f"{self.path}: {name} is {count:g}; it must be 1 or more. Copy it again.")
+        return int(count)
+
     def number(self, name: str) -> float:
         """Return a tensor of one number."""
         tensor = self._tensor(name)
