@@ -236,6 +236,7 @@ def test_a_given_image_shows_what_the_book_knows_and_is_not_generated(known: tup
     for target, status in ((f"/image/{SAE}/99", 404), (f"/image/{SAE}/-1", 422), (f"/image/{SAE}/one", 422)):
         assert site.get(target).status == status
     assert "Prompts to try" in site.get("/image").text and site.get("/image?seed=-1").status == 422
+    assert site.get("/image?prompt=a&steps=").status == 200 and site.get("/image?prompt=a&steps=101").status == 422
 
 
 def test_without_a_model_only_books_are_shown(tmp_path: Path):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from fastapi import FastAPI, Path, Query
 from fastapi.responses import Response
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from difflex.dictionary_config import fingerprint
 from difflex.errors import BadInput, UnknownName
@@ -158,7 +158,7 @@ def _add_model(app: FastAPI, catalogue: Catalogue, pages: Pages, studio: Studio,
     def new(
         prompt: Annotated[str, Query(max_length=2000)] = "",
         seed: Annotated[int, Query(ge=0, lt=2**63)] = 0,
-        steps: Annotated[int | None, Query(ge=1, le=MOST_STEPS)] = None,
+        steps: Annotated[int | None, Query(ge=1, le=MOST_STEPS), BeforeValidator(lambda text: text or None)] = None,
     ) -> Response:
         asked = {"prompt": prompt, "seed": seed, "steps": steps or catalogue.study.settings.steps}
         pixels, front = catalogue.study.settings.pixels or (1, 1), None if prompt else catalogue.front()

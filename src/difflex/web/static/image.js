@@ -315,7 +315,7 @@ function show(result) {
 // The step to begin with: the one that is most like what the book knows.
 function firstStep({ dictionaries, timesteps }) {
   const known = dictionaries.find((entry) => `${entry.site}/${entry.label}` === dictionary())?.timesteps ?? [];
-  if (!known.length) return Math.floor((timesteps.length - 1) / 2);
+  if (!known.length) return Math.floor(timesteps.length / 2);
   const middle = known[Math.floor(known.length / 2)];
   const distance = timesteps.map((timestep) => Math.abs(timestep - middle));
   return distance.indexOf(Math.min(...distance));
