@@ -7,6 +7,7 @@ import { element, tile } from "/static/tile.js";
 const byId = (name) => document.getElementById(name);
 const [reader, overlay, list, view, choice, chosen] = ["reader", "overlay", "features", "view", "choice", "chosen"].map(byId);
 const { site, label, shot, prompt, seed, steps } = reader.dataset;
+const scene = prompt === undefined ? {} : { prompt, seed, ...(steps && { steps }) }; // a given image has none
 const client = (sessionStorage["difflex-client"] ||= [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(16).padStart(2, "0")).join(""));
 const HINT = {
   both: "strong in shares of their peaks, and large",
@@ -79,7 +80,7 @@ function pages(number) {
   const [ofSite, ofLabel] = placeOf(dictionary());
   return {
     page: `/d/${encoded(ofSite)}/${encoded(ofLabel)}/${number}`,
-    paint: `/paint?${new URLSearchParams({ site: ofSite, dictionary: ofLabel, feature: number })}`,
+    paint: `/paint?${new URLSearchParams({ site: ofSite, dictionary: ofLabel, feature: number, ...scene })}`,
   };
 }
 
