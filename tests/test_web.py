@@ -37,10 +37,12 @@ class Reply(NamedTuple):
 class Site:
     """A server on a real socket, and requests to it."""
 
-    def __init__(self, study: Study, token: str | None = None, studio: Studio | None = None) -> None:
+    def __init__(
+        self, study: Study, token: str | None = None, studio: Studio | None = None, against: Study | None = None
+    ) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
-        self._server = uvicorn.Server(uvicorn.Config(make_app(study, studio, token=token), log_level="error"))
+        self._server = uvicorn.Server(uvicorn.Config(make_app(study, studio, token=token, against=against), log_level="error"))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
         self._thread.start()
 

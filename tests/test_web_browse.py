@@ -296,3 +296,28 @@ def test_comparing_reads_no_table_from_end_to_end(pair: Site, study: Study):
         book.features_in([3, 4], 10)
         book.examples_in([3, 4], [1, 2])
     assert len(plans) >= 4 and not [plan for plan in plans if re.match(r"SCAN (?!json_each)", plan)], plans
+
+
+def test_dictionaries_of_another_study_are_compared_with(study: Study, tmp_path: Path):
+    other = new_study(tmp_path / "other", model="another")
+    write_dictionary(other, OTHER)
+    write_book(other, OTHER, shade=50)
+    write_matches(other, OTHER, (0.8, 0.3, 0.8, 0.2), per_concept=1)
+    site = Site(study, against=other)
+    try:
+        page = site.get("/compare").text
+        assert f'value="against/{OTHER}" selected' in page and f"{OTHER} of other" in page, "the other study is the first choice"
+        assert f'href="{WALL}/0"' in page and f'href="/d/{OTHER}' not in page, "the other study has no pages here"
+        answer = site.json(f"/api/compare?left={SAE}&right=against/{OTHER}")
+        assert answer["right"]["study"] == "other" and answer["left"]["study"] == ""  # pyright: ignore
+        image = answer["concepts"][0]["right"]["image"]  # pyright: ignore
+        assert not (study.images / image).exists() and site.get(f"/images/{image}").status == 200
+        assert site.get(f"/api/compare?left={SAE}&right=against/{SAE}").status == 404
+        assert site.get(f"/compare?left={SAE}&right=against/{OTHER}&feature=1").status == 200
+    finally:
+        site.close()
+    site = Site(study)
+    try:
+        assert site.get(f"/api/compare?left={SAE}&right=against/{OTHER}").status == 404
+    finally:
+        site.close()

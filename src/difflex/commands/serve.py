@@ -41,8 +41,12 @@ class ServeCommand(StudyImagesCommand):
     open: FlagCreatePairsOff[bool] = False
     """Open the page in the browser of this machine."""
 
+    against: Annotated[Path | None, arg(metavar="STUDY")] = None
+    """Another study, as of another model, whose dictionaries can be compared with those of this one."""
+
     def __call__(self) -> None:
         study = open_study(self.study, self)
+        against = None if self.against is None else Study.open(self.against)
         try:
             import uvicorn
 
@@ -62,7 +66,7 @@ class ServeCommand(StudyImagesCommand):
 
             webbrowser.open(url + (f"?token={token}" if token else ""))
         config = uvicorn.Config(
-            make_app(study, self.studio(study), hosts, token),
+            make_app(study, self.studio(study), hosts, token, against),
             log_level="warning",
             server_header=False,
             timeout_keep_alive=5,

@@ -10,9 +10,10 @@ from starlette.exceptions import HTTPException
 
 from difflex._version import __version__
 from difflex.errors import BadInput, DifflexError, UnknownName
+from difflex.features import ImageAlbum
 from difflex.study import Study
 from difflex.web.answers import ProblemAnswer
-from difflex.web.browse import add_browsing
+from difflex.web.browse import add_browsing, add_images
 from difflex.web.browse_map import add_map
 from difflex.web.catalogue import Catalogue
 from difflex.web.compare import add_comparing
@@ -32,10 +33,16 @@ REFUSALS: dict[int | str, str] = {
 }
 
 
-def make_app(study: Study, studio: Studio | None = None, hosts: tuple[str, ...] = LOCAL, token: str | None = None) -> Guard:
+def make_app(
+    study: Study,
+    studio: Studio | None = None,
+    hosts: tuple[str, ...] = LOCAL,
+    token: str | None = None,
+    against: Study | None = None,
+) -> Guard:
     """Return the app of a study for requests to `hosts`, and with a `token` for those who know it.
 
-    Without a `studio` it shows what is in the study, and generates nothing.
+    Without a `studio` it shows what is in the study, and generates nothing. Dictionaries of another study can be compared with.
     """
     app = FastAPI(
         title=f"difflex: {study.folder.resolve().name}",
@@ -49,7 +56,8 @@ def make_app(study: Study, studio: Studio | None = None, hosts: tuple[str, ...] 
     catalogue, pages = Catalogue(study), Pages(study, can_paint=studio is not None)
     add_browsing(app, catalogue, pages)
     add_map(app, catalogue, pages)
-    add_comparing(app, catalogue, pages)
+    add_images(app, [ImageAlbum(each.images) for each in (study, against) if each is not None])
+    add_comparing(app, catalogue, pages, None if against is None else Catalogue(against))
     add_paint_page(app, pages)
     add_reading(app, catalogue, pages, studio)
     if studio is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import nan
 from typing import Annotated, NamedTuple
 
@@ -29,9 +30,23 @@ Conditions = Annotated[list[str], Query(max_length=10)]
 
 
 def add_browsing(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
-    """Add the pages of walls and features, their JSON twins, and the images."""
+    """Add the pages of walls and features, and their JSON twins."""
     _add_data(app, catalogue)
     _add_pages(app, catalogue, pages)
+
+
+def add_images(app: FastAPI, albums: Sequence[ImageAlbum]) -> None:
+    """Add the address of the images of `albums`; names are checksums, so it does not matter which album has one."""
+
+    @app.get("/images/{file}", include_in_schema=False)
+    def image(file: str) -> Response:
+        problem = ""
+        for album in albums:
+            try:
+                return Response(album.read(file), media_type="image/webp", headers=FOREVER)
+            except BrokenFile as error:
+                problem = problem or str(error)
+        raise HTTPException(404, problem)
 
 
 def _query(
@@ -123,8 +138,7 @@ def _add_data(app: FastAPI, catalogue: Catalogue) -> None:
 
 
 def _add_pages(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
-    """Add the addresses whose answers are pages, and the images."""
-    album = ImageAlbum(catalogue.study.images)
+    """Add the addresses whose answers are pages."""
 
     @app.get("/", include_in_schema=False)
     def front() -> Response:
@@ -154,10 +168,3 @@ def _add_pages(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
         except DifflexError as error:
             problem = str(error)
         return pages.render("search.html", title=f"Search: {q}", q=q, found=found, problem=problem)
-
-    @app.get("/images/{file}", include_in_schema=False)
-    def image(file: str) -> Response:
-        try:
-            return Response(album.read(file), media_type="image/webp", headers=FOREVER)
-        except BrokenFile as error:
-            raise HTTPException(404, str(error)) from error

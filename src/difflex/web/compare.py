@@ -23,6 +23,9 @@ EXAMPLES, CANDIDATES = 40, 100
 """Examples of a feature that are looked up in the other book, and features there whose maps are compared: those with examples in
 most of the images."""
 
+OTHER = "against/"
+"""What the names of dictionaries of the other study begin with in addresses."""
+
 Name = Annotated[str, Query(max_length=200)]
 Feature = Annotated[int, Path(ge=0, le=10**9)]
 
@@ -32,6 +35,8 @@ class ComparedDictionary(Answer):
 
     site: str
     label: str
+    study: str
+    """Name of the folder of its study, if that is the other one of `difflex serve --against`; else empty."""
     grid: tuple[int, int] | None
 
 
@@ -94,78 +99,104 @@ class _Pair(NamedTuple):
     other: ShotRow
 
 
-def add_comparing(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
-    """Add the page that compares two dictionaries, and its JSON twins."""
+class _Side(NamedTuple):
+    """A dictionary, and the catalogue of its study."""
+
+    catalogue: Catalogue
+    ref: DictionaryRef
+    is_other: bool
+    """Whether it is of the other study."""
+
+    @property
+    def name(self) -> str:
+        """What addresses call it."""
+        return f"{OTHER}{self.ref}" if self.is_other else str(self.ref)
+
+    @property
+    def title(self) -> str:
+        """What pages call it."""
+        return f"{self.ref} of {self.catalogue.study.folder.resolve().name}" if self.is_other else str(self.ref)
+
+    def answer(self) -> ComparedDictionary:
+        """Return what is known of it."""
+        study = self.catalogue.study.folder.resolve().name if self.is_other else ""
+        site, label = self.ref
+        return ComparedDictionary(site=str(site), label=label, study=study, grid=self.catalogue.grid(self.ref))
+
+
+def add_comparing(app: FastAPI, catalogue: Catalogue, pages: Pages, other: Catalogue | None = None) -> None:
+    """Add the page that compares two dictionaries, of the study or of the `other` one, and its JSON twins."""
+
+    def find(name: str) -> _Side:
+        if other is not None and name.startswith(OTHER):
+            return _Side(other, other.study.find_dictionary(name.removeprefix(OTHER)), True)
+        return _Side(catalogue, catalogue.study.find_dictionary(name), False)
 
     @app.get("/api/compare")
     def concepts(left: Name, right: Name) -> DictionaryComparison:
-        """Two dictionaries (SITE/LABEL) by the concepts that one of them detects: the best feature of each."""
-        return compare_concepts(catalogue, *_refs(catalogue, left, right))
+        """Two dictionaries (SITE/LABEL) by the concepts that one of them detects: the best feature of each.
+
+        Those of the study of `difflex serve --against` are called against/SITE/LABEL.
+        """
+        return compare_concepts(find(left), find(right))
 
     @app.get("/api/compare/{feature}")
     def feature(feature: Feature, left: Name, right: Name) -> FeatureComparison:
         """A feature of the left dictionary in its strongest images, and what fires at the same places in the right one."""
-        return compare_feature(catalogue, *_refs(catalogue, left, right), feature)
+        return compare_feature(find(left), find(right), feature)
 
     @app.get("/compare", include_in_schema=False)
     def page(left: Name = "", right: Name = "", feature: Annotated[int | None, Query(ge=0, le=10**9)] = None) -> Response:
-        names = [str(ref) for ref in catalogue.by_concepts()]
-        left = left or next(iter(names), "")
-        right = right or next((name for name in names if name != left), left)
-        if not left:
+        own = [_Side(catalogue, ref, False) for ref in catalogue.by_concepts()]
+        others = [] if other is None else [_Side(other, ref, True) for ref in other.by_concepts()]
+        if not own:
             return pages.render("empty.html", title="Nothing to compare yet")
-        refs = _refs(catalogue, left, right)
-        concepts = compare_concepts(catalogue, *refs) if feature is None else None
-        match = None if feature is None else compare_feature(catalogue, *refs, feature)
-        title = f"{left} and {right}"
-        return pages.render("compare.html", title=title, names=names, left=left, right=right, concepts=concepts, match=match)
+        first = find(left) if left else own[0]
+        second = find(right) if right else next((side for side in (*others, *own) if side != first), first)
+        concepts = compare_concepts(first, second) if feature is None else None
+        match = None if feature is None else compare_feature(first, second, feature)
+        sides = {"left": first, "right": second, "sides": [*own, *others]}
+        return pages.render("compare.html", title=f"{first.title} and {second.title}", concepts=concepts, match=match, **sides)
 
 
-def _refs(catalogue: Catalogue, left: str, right: str) -> tuple[DictionaryRef, DictionaryRef]:
-    return catalogue.study.find_dictionary(left), catalogue.study.find_dictionary(right)
-
-
-def compare_concepts(catalogue: Catalogue, left: DictionaryRef, right: DictionaryRef) -> DictionaryComparison:
+def compare_concepts(left: _Side, right: _Side) -> DictionaryComparison:
     """Return the concepts that one of two dictionaries detects, with the best feature of each."""
-    best = [_best_features(catalogue, ref) for ref in (left, right)]
+    best = [_best_features(side) for side in (left, right)]
     highest = {concept: max(side[concept][1] for side in best if concept in side) for side in best for concept in side}
     concepts = sorted((name for name, ap in highest.items() if ap >= DETECTS), key=lambda name: (-highest[name], name))
     concepts = concepts[:MOST_CONCEPTS]
     tiles = []
-    for ref, side in zip((left, right), best, strict=True):
-        known = [name for name in concepts if name in side]
-        tiles.append(dict(zip(known, catalogue.tiles(ref, [side[name][0] for name in known]), strict=True)))
+    for side, features in zip((left, right), best, strict=True):
+        known = [name for name in concepts if name in features]
+        shown = side.catalogue.tiles(side.ref, [features[name][0] for name in known])
+        tiles.append(dict(zip(known, shown, strict=True)))
     return DictionaryComparison(
-        left=_named(catalogue, left),
-        right=_named(catalogue, right),
+        left=left.answer(),
+        right=right.answer(),
         concepts=[ComparedConcept(concept=name, left=tiles[0].get(name), right=tiles[1].get(name)) for name in concepts],
     )
 
 
-def _best_features(catalogue: Catalogue, ref: DictionaryRef) -> dict[str, tuple[int, float]]:
+def _best_features(side: _Side) -> dict[str, tuple[int, float]]:
     """Return for each concept the feature that detects it best, with its average precision."""
     best: dict[str, tuple[int, float]] = {}
-    for feature, (concept, ap) in catalogue.best_concepts(ref).items():
+    for feature, (concept, ap) in side.catalogue.best_concepts(side.ref).items():
         if concept not in best or ap > best[concept][1]:
             best[concept] = feature, ap
     return best
 
 
-def _named(catalogue: Catalogue, ref: DictionaryRef) -> ComparedDictionary:
-    return ComparedDictionary(site=str(ref.site), label=ref.label, grid=catalogue.grid(ref))
-
-
-def compare_feature(catalogue: Catalogue, left: DictionaryRef, right: DictionaryRef, feature: int) -> FeatureComparison:
+def compare_feature(left: _Side, right: _Side, feature: int) -> FeatureComparison:
     """Return the strongest images of a feature, and the features of another dictionary that fire at the same places."""
-    sides = _named(catalogue, left), _named(catalogue, right)
+    sides = left.answer(), right.answer()
     if (left_grid := sides[0].grid) is None or (right_grid := sides[1].grid) is None:
-        name = left if sides[0].grid is None else right
+        name = left.title if sides[0].grid is None else right.title
         raise BadInput(f"The features of {name} fire at text tokens, which have no place in an image to compare.")
-    with catalogue.book(left) as book:
+    with left.catalogue.book(left.ref) as book:
         book.feature(feature)  # an unknown one is an error
         examples = sorted(book.examples(feature, "top"), key=lambda example: -example.peak)[:EXAMPLES]
         shots = book.shots(example.shot for example in examples)
-    with catalogue.book(right) as book:
+    with right.catalogue.book(right.ref) as book:
         pairs = list(_pairs(book, [(example, shots[example.shot]) for example in examples]))
         numbers = [pair.other.id for pair in pairs]
         others = book.examples_in(numbers, book.features_in(numbers, CANDIDATES))
@@ -175,7 +206,7 @@ def compare_feature(catalogue: Catalogue, left: DictionaryRef, right: Dictionary
     return FeatureComparison(
         left=sides[0],
         right=sides[1],
-        tile=catalogue.tiles(left, [feature])[0],
+        tile=left.catalogue.tiles(left.ref, [feature])[0],
         images=[_compared_image(pair, left_grid) for pair in pairs],
         matches=[
             MatchedFeature(
@@ -183,7 +214,7 @@ def compare_feature(catalogue: Catalogue, left: DictionaryRef, right: Dictionary
                 tile=tile,
                 covered=[covered.get((tile.feature, pair.other.id)) for pair in pairs],
             )
-            for tile in catalogue.tiles(right, nearest)
+            for tile in right.catalogue.tiles(right.ref, nearest)
         ],
     )
 
