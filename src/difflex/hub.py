@@ -18,7 +18,15 @@ from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.files import CHUNK
 from difflex.records import Site
 
-__all__ = ["HubDictionary", "check_repository", "commit_files", "dictionary_snapshot", "prepare_repository", "snapshot"]
+__all__ = [
+    "HubDictionary",
+    "check_repository",
+    "commit_files",
+    "dictionary_snapshot",
+    "list_dictionaries",
+    "prepare_repository",
+    "snapshot",
+]
 
 NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 LOG_IN = "Log in with `hf auth login` or set HF_TOKEN to a token that may use it"
@@ -65,15 +73,7 @@ def dictionary_snapshot(
     name: str, site: Site | str | None = None, label: str | None = None, revision: str | None = None, offline: bool = False
 ) -> HubDictionary:
     """Download one dictionary of a repository; `site` and `label` may be left out where only one dictionary fits."""
-    folder = snapshot(name, revision, offline, [f"*/*/{CONFIG}"])
-    configs = {path.parent.relative_to(folder).as_posix(): path for path in sorted(folder.glob(f"*/*/{CONFIG}"))}
-    sites = {place: _read_site(path) for place, path in configs.items()}
-    known = {place: (site, place.partition("/")[2]) for place, site in sites.items() if site is not None}
-    if not known:
-        raise UnknownName(
-            f"The repository {name} has no dictionaries of difflex: no folder SITE/LABEL with a {CONFIG}. "
-            "difflex import reads the formats of other tools."
-        )
+    commit, known = _list_dictionaries(name, revision, offline)
     wanted = None if site is None else Site.parse(site)
     fitting = {place: pair for place, pair in known.items() if wanted in (None, pair[0])}
     if not fitting:
@@ -85,10 +85,29 @@ def dictionary_snapshot(
         names = ", ".join(f"{each}/{one}" for each, one in labelled.values())
         raise BadInput(f"{name} has {len(labelled)} dictionaries that fit. Give the site and the label of one of them: {names}.")
     [(place, (found, one))] = labelled.items()
-    folder = snapshot(name, revision and folder.name, offline, [f"{escape(place)}/*"])
+    folder = snapshot(name, commit if revision else None, offline, [f"{escape(place)}/*"])
     if not (folder / place / TENSORS).is_file():
         raise BrokenFile(f"The dictionary {found}/{one} in {name} has no {TENSORS}: it was not pushed whole. Ask its owner.")
     return HubDictionary(name, folder.name, found, one, folder / place)
+
+
+def list_dictionaries(name: str, revision: str | None = None, offline: bool = False) -> list[tuple[Site, str]]:
+    """Return the sites and labels of all dictionaries of a repository."""
+    return [*_list_dictionaries(name, revision, offline)[1].values()]
+
+
+def _list_dictionaries(name: str, revision: str | None, offline: bool) -> tuple[str, dict[str, tuple[Site, str]]]:
+    """Return the commit of a repository, and the site and label of each dictionary by its folder."""
+    folder = snapshot(name, revision, offline, [f"*/*/{CONFIG}"])
+    configs = {path.parent.relative_to(folder).as_posix(): path for path in sorted(folder.glob(f"*/*/{CONFIG}"))}
+    sites = {place: _read_site(path) for place, path in configs.items()}
+    known = {place: (site, place.partition("/")[2]) for place, site in sites.items() if site is not None}
+    if not known:
+        raise UnknownName(
+            f"The repository {name} has no dictionaries of difflex: no folder SITE/LABEL with a {CONFIG}. "
+            "difflex import reads the formats of other tools."
+        )
+    return folder.name, known
 
 
 def check_repository(name: str) -> None:
@@ -140,9 +159,10 @@ def _hub_errors(name: str, revision: str | None, offline: bool) -> Iterator[None
     except errors.HfHubHTTPError as error:
         raise _refusal(name, error.response.status_code, error) from error
     except Exception as error:  # of whatever package the client uses for HTTP
+        reason = _first_line(error.__cause__ or error).rstrip(".")
         raise UnknownName(
-            f"{name}{at} cannot be read from the hub: {_first_line(error)}. Check the connection and run it again; a download "
-            "that was cut off continues."
+            f"The hub cannot be used for {name}{at}: {reason}. Check the connection and run it again: a download that was cut "
+            "off continues."
         ) from error
 
 
@@ -160,7 +180,7 @@ def _refusal(name: str, status: int, error: Exception) -> UnknownName | BadInput
     return BadInput(f"The hub refuses the request for {name} with status {status}: {_first_line(error)} Try again later.")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 

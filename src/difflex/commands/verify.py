@@ -26,6 +26,7 @@ PARTS = {
     "run.json": ("run.json", "Move it away and run the recipe again: it continues with what exists."),
     "anatomy.json": ("anatomy", "Run difflex anatomy again."),
     "dictionaries/*/*/config.json": ("dictionaries", "Move its folder away and run difflex train or difflex itda again."),
+    "dictionaries/*/*/hub.json": ("dictionaries", "Run difflex pull again."),
     "dictionaries/*/*/*.safetensors": ("dictionaries", "Move its folder away and run difflex train or difflex itda again."),
     "dictionaries/*/*/training/*.safetensors": ("training states", "Move it away: its dictionary is not affected."),
     "dictionaries/*/*/training/log.jsonl": ("training logs", "Move it away: its dictionary is not affected."),
