@@ -269,8 +269,7 @@ class ContrastCommand(StudyImagesCommand):
         from difflex.steering import StudyEditor
         from difflex.steering.contrast import decompose, find_contrast, pair_activations
 
-        if not re.fullmatch(r"[\w.-]{1,100}", self.name, re.ASCII):
-            raise BadInput(f"'{self.name:.100}' cannot be a file name. Use at most 100 letters, digits, '.', '_' and '-'.")
+        check_contrast_name(self.name)
         editor = StudyEditor(open_study(self.study, self))
         check_output(editor.study.contrast(self.name))
         pairs = _read_pairs(self.pairs) if self.pairs is not None else self._pairs()
@@ -298,6 +297,13 @@ class ContrastCommand(StudyImagesCommand):
                 "negative ones. Give as many --positive as --negative, or --pairs FILE."
             )
         return list(zip(self.positive, self.negative, strict=True))
+
+
+def check_contrast_name(name: str) -> str:
+    """Return `name` if a file can have it."""
+    if not re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII):
+        raise BadInput(f"'{name:.100}' cannot be a file name. Use at most 100 letters, digits, '.', '_' and '-'.")
+    return name
 
 
 def generate_edited(pipe: "Pipeline", editor: "StudyEditor", shots: Sequence[Shot], edits: Sequence[Edit]) -> list[Image.Image]:
