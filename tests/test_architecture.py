@@ -83,6 +83,8 @@ ARROWS: dict[str, set[str]] = {
         "store",
         "study",
     },
+    "activation_files": {*GROUND, "store"},
+    "control_vectors": {*GROUND, "steering"},
     "publication": {*GROUND, "dictionaries", "evaluation", "features", "hub", "images", "report", "steering", "study"},
     "web": {*GROUND, "_version", "effects", "explore", "features", "steering", "study"},
     "difflex": {
@@ -99,6 +101,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "commands": {
         *GROUND,
+        "activation_files",
+        "control_vectors",
         "dictionaries",
         "difflex",
         "effects",
@@ -209,7 +213,8 @@ HOMES: dict[str, set[str]] = {
     "diffusers": {"pipeline", "miniature", "quiet", "testing"},
     "transformers": {"pipeline", "miniature", "evaluation", "explanation", "quiet", "testing"},
     # Our own files are in `tensors`; the others read and write models.
-    "safetensors": {"tensors", "pipeline", "miniature", "dictionaries", "interchange", "training"},
+    "pyarrow": {"activation_files"},
+    "safetensors": {"activation_files", "tensors", "pipeline", "miniature", "dictionaries", "interchange", "training"},
     "huggingface_hub": {"hub"},
     "tqdm": {"progress", "miniature", "training"},
     "PIL": {
@@ -239,12 +244,13 @@ HOMES: dict[str, set[str]] = {
     "fastapi": {"web"},
     "starlette": {"web"},
     "uvicorn": {"commands"},
-    "numpy": {"explore", "web"},
+    "numpy": {"activation_files", "explore", "web"},
 }
 # Of these, what only an extra of pyproject.toml brings, and which one.
 EXTRAS = {
     "bitsandbytes": "nf4",
     "datasets": "data",
+    "pyarrow": "data",
     "httpcore2": "vlm",
     "triton": "dev",
     "fastapi": "web",

@@ -69,8 +69,12 @@ VERBS = {
     "report": VerbEntry("Run studies", "write a study as one HTML page", "difflex.commands.study"),
     "compare": VerbEntry("Run studies", "compare two studies, or two dictionaries of one", "difflex.commands.study"),
     "pack": VerbEntry("Run studies", "put a study without its activations into one file", "difflex.commands.pack"),
-    "push": VerbEntry("Share dictionaries", "push dictionaries to a repository of the hub", "difflex.commands.hub"),
-    "pull": VerbEntry("Share dictionaries", "copy dictionaries of the hub into a study", "difflex.commands.hub"),
+    "export-activations": VerbEntry("Share", "write stored activations for other tools", "difflex.commands.activations"),
+    "import-activations": VerbEntry("Share", "store activations of other tools", "difflex.commands.activations"),
+    "export-contrast": VerbEntry("Share", "write a contrast as a control vector: GGUF", "difflex.commands.vectors"),
+    "import-contrast": VerbEntry("Share", "read a control vector as a contrast", "difflex.commands.vectors"),
+    "push": VerbEntry("Share", "push dictionaries to a repository of the hub", "difflex.commands.hub"),
+    "pull": VerbEntry("Share", "copy dictionaries of the hub into a study", "difflex.commands.hub"),
 }
 
 

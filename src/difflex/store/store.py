@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from difflex.choices import StoredDtype
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.files import file_sha256
-from difflex.records import ActivationBatch, Shot, Split
+from difflex.records import ActivationBatch, Activations, Shot, Split
 from difflex.store.basis import BASIS, QuantisationBasis, require_basis
 from difflex.store.manifest import (
     MANIFEST,
@@ -31,7 +32,7 @@ from difflex.store.manifest import (
     summarise,
 )
 from difflex.store.reading import BatchShares, ReadOrder, ShardReader, SplitBatches, one_ahead
-from difflex.store.shard import REMEDY, check_size, shard_size
+from difflex.store.shard import REMEDY, PackedRows, check_size, shard_size, unpack
 
 WINDOW = 2**15
 """Rows that are shuffled one by one: 200 MB at width 3072 in 16 bits."""
@@ -138,6 +139,26 @@ class Store:
             yield from (rows.to(device, self._basis) for rows in one_ahead(reader.rows, shares))
         finally:
             checks.end()
+
+    @property
+    def dtype(self) -> StoredDtype:
+        """How the rows are stored."""
+        return self._manifest.head.dtype
+
+    @property
+    def source(self) -> str:
+        """The source of its shots, as whoever recorded them described it."""
+        return self._manifest.head.source
+
+    def activations(self) -> Iterator[Activations]:
+        """Yield all rows, shard by shard in the order of writing, after comparing each shard with its checksum."""
+        checks = ShardChecks(self.folder, self._manifest)
+        for number in sorted(self._manifest.shards):
+            checks.require([number])
+            shard = map_shard(self.folder, self._manifest, number)
+            values = unpack(PackedRows(shard.values, shard.scales), self._basis).clone()
+            shots = self._shots_of(number)
+            yield Activations(site=self.site, values=values.unflatten(0, (-1, self.tokens)), shots=shots, grid=self.grid)
 
     def shot(self, number: int) -> Shot:
         """Return the shot with this number: all that is needed to make its activations again."""

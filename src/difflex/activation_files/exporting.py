@@ -1,0 +1,121 @@
+"""Write the activations of a store to files of other tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from difflex.activation_files.rows import arrow_modules
+from difflex.errors import BadInput, UnknownName
+from difflex.files import file_sha256, folder_lock, replacing, write_file, write_json
+from difflex.progress import ProgressBar
+from difflex.records import Shot
+from difflex.store import Store
+
+ActivationFormat = Literal["safetensors", "npy", "parquet"]
+"""How activations are written for other tools."""
+FORMAT = 1
+INDEX, SHOTS = "index.json", "shots.jsonl"
+CHUNK_ROWS = 2**14
+"""Rows of a row group in Parquet; the least that is read at once."""
+
+
+def export_activations(store: Store, kind: ActivationFormat, folder: Path, progress: bool = True) -> list[Path]:
+    """Write all rows of a store to files in `folder`, which must hold no index, and return the files."""
+    if kind not in get_args(ActivationFormat):
+        raise UnknownName.among("The format", str(kind), get_args(ActivationFormat))
+    if not store.complete:
+        raise BadInput(f"The harvest of {store.folder} is not finished. Run it again to its end first.")
+    if (folder / INDEX).exists():
+        raise BadInput(f"{folder} holds exported activations already. Name another folder.")
+    if kind == "parquet":
+        arrow_modules()
+    rows = store.count() + store.count("held-out")
+    with folder_lock(folder), ProgressBar(total=rows, unit=" tokens", unit_scale=True, desc="export", show=progress) as bar:
+        paths, shots = _WRITERS[kind](store, folder, bar)
+        write_file(folder / SHOTS, b"".join(json.dumps(shot.as_json()).encode() + b"\n" for shot in shots))
+        head = {"kind": kind, "site": str(store.site), "model": store.model, "dtype": store.dtype, "width": store.width}
+        head |= {"tokens": store.tokens, "grid": store.grid, "rows": rows, "source": store.fingerprint}
+        files = {path.name: file_sha256(path) for path in paths}
+        write_json(folder / INDEX, FORMAT, {**head, "files": files, "shots": file_sha256(folder / SHOTS)})
+    return [*paths, folder / SHOTS, folder / INDEX]
+
+
+def _write_safetensors(store: Store, folder: Path, bar: ProgressBar) -> tuple[list[Path], list[Shot]]:
+    paths, shots = [], list[Shot]()
+    for number, part in enumerate(store.activations()):
+        path = folder / f"activations-{number:05d}.safetensors"
+        rows = part.values.flatten(0, 1).contiguous()
+        tensors = {"values": rows, **_places(len(part.shots), store.tokens, len(shots))}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"site": str(store.site)})
+        paths.append(path)
+        shots.extend(part.shots)
+        bar.update(len(rows))
+    return paths, shots
+
+
+def _write_npy(store: Store, folder: Path, bar: ProgressBar) -> tuple[list[Path], list[Shot]]:
+    shots, start, path = list[Shot](), 0, folder / "values.npy"
+    shape = (store.count() + store.count("held-out"), store.width)
+    with replacing(path) as temporary:
+        values: Any = None
+        for part in store.activations():
+            rows = part.values.flatten(0, 1)
+            rows = rows if rows.dtype == torch.float16 else rows.float()  # NumPy has no bfloat16
+            if values is None:
+                dtype = np.float16 if rows.dtype == torch.float16 else np.float32
+                values = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+            values[start : start + len(rows)] = rows.numpy()
+            start += len(rows)
+            shots.extend(part.shots)
+            bar.update(len(rows))
+        values.flush()
+    paths = [path]
+    for name, numbers in _places(len(shots), store.tokens, 0).items():
+        with replacing(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, numbers.numpy(), allow_pickle=False)
+    return paths, shots
+
+
+def _write_parquet(store: Store, folder: Path, bar: ProgressBar) -> tuple[list[Path], list[Shot]]:
+    arrow, parquet = arrow_modules()
+    paths, shots = [], list[Shot]()
+    for number, part in enumerate(store.activations()):
+        path = folder / f"activations-{number:05d}.parquet"
+        rows = part.values.flatten(0, 1)
+        flat = arrow.array((rows if rows.dtype == torch.float16 else rows.float()).flatten().numpy())
+        places = _places(len(part.shots), store.tokens, len(shots))
+        columns = {"values": arrow.FixedSizeListArray.from_arrays(flat, store.width)}
+        columns |= {name: arrow.array(numbers.numpy()) for name, numbers in places.items()}
+        for name in ("prompt", "seed", "timestep", "image", "noise", "split"):
+            each = arrow.array([getattr(shot, name) for shot in part.shots])
+            columns[name] = each.take(arrow.array((places["shots"] - len(shots)).numpy()))
+        with replacing(path) as temporary:
+            parquet.write_table(arrow.table(columns), temporary, row_group_size=CHUNK_ROWS)
+        paths.append(path)
+        shots.extend(part.shots)
+        bar.update(len(rows))
+    return paths, shots
+
+
+_WRITERS: Mapping[str, Callable[[Store, Path, ProgressBar], tuple[list[Path], list[Shot]]]] = {
+    "safetensors": _write_safetensors,
+    "npy": _write_npy,
+    "parquet": _write_parquet,
+}
+
+
+def _places(shots: int, tokens: int, first: int) -> dict[str, Tensor]:
+    """Return the number of the shot of each row, and of its token within the shot."""
+    return {
+        "shots": torch.arange(first, first + shots).repeat_interleave(tokens),
+        "tokens": torch.arange(tokens).repeat(shots),
+    }
