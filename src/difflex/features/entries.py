@@ -56,6 +56,17 @@ class CaptionedShot(NamedTuple):
     caption: str
 
 
+class CoverageSummary(NamedTuple):
+    """Distribution of `FeatureStats.coverage` over the features of a dictionary."""
+
+    features: int
+    """Number of features that fire in enough shots."""
+    mean: float
+    quartiles: tuple[float, float, float]
+    area: float
+    """Mean of `FeatureStats.area`."""
+
+
 class Histogram(NamedTuple):
     """Distribution of a feature's positive values: four equal bins from each power of 2 to the next; bin 0 starts at 1."""
 
@@ -127,7 +138,7 @@ class TokenMap(NamedTuple):
             raise BadInput(f"A map of {len(packed)} bytes is not whole: each token takes four.")
         numbers = struct.unpack(f"<{len(packed) // 2}H", packed)
         count = len(numbers) // 2
-        return cls(numbers[:count], tuple(level / LEVELS * peak for level in numbers[count:]))
+        return cls(numbers[:count], tuple([level / LEVELS * peak for level in numbers[count:]]))
 
 
 @dataclass(frozen=True, kw_only=True)
