@@ -157,7 +157,7 @@ def _add_pages(app: FastAPI, catalogue: Catalogue, pages: Pages) -> None:
     @app.get("/d/{site}/{label}/{feature}", include_in_schema=False)
     def feature(site: str, label: str, feature: int) -> Response:
         answer = catalogue.feature(catalogue.find(site, label), feature)
-        names = [str(ref) for ref in catalogue.by_concepts()]
+        names = [str(ref) for ref in catalogue.with_books()]
         return pages.render("feature.html", title=answer.name, feature=answer, names=names)
 
     @app.get("/search", include_in_schema=False)

@@ -162,8 +162,11 @@ class Catalogue:
 
     def by_concepts(self) -> list[DictionaryRef]:
         """Return the dictionaries with a book, those whose features detect most concepts first."""
-        refs = [ref for ref in self.study.dictionaries() if self.study.book(*ref).is_file()]
-        return sorted(refs, key=lambda ref: -self._table(ref).detected)
+        return sorted(self.with_books(), key=lambda ref: -self._table(ref).detected)
+
+    def with_books(self) -> list[DictionaryRef]:
+        """Return the dictionaries with a book."""
+        return [ref for ref in self.study.dictionaries() if self.study.book(*ref).is_file()]
 
     def find(self, site: str, label: str) -> DictionaryRef:
         """Return the dictionary of this name."""
