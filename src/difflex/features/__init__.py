@@ -3,8 +3,9 @@
 `difflex.features.collecting` makes books from images and activations; this door only reads them and does not import torch.
 """
 
-from difflex.features.book import Book, CoverageSummary, FeatureFilter, select_features
+from difflex.features.book import Book, FeatureFilter, select_features
 from difflex.features.detected import BestConcept
+from difflex.features.entries import CoverageSummary
 from difflex.features.images import ImageAlbum, overlaid, sheet
 from difflex.features.tables import BookInfo
 from difflex.features.writing import BookWriter

@@ -17,6 +17,7 @@ from difflex.features.detected import BestConcept
 from difflex.features.entries import (
     AtomImage,
     CaptionedShot,
+    CoverageSummary,
     Example,
     ExampleKind,
     FeatureNeighbour,
@@ -61,17 +62,6 @@ class FeatureFilter(NamedTuple):
             raise UnknownName.among("The column", column, columns)
         assert sign in ("<", "<=", ">", ">=", "=")
         return cls(column, sign, float(value))
-
-
-class CoverageSummary(NamedTuple):
-    """Distribution of `FeatureStats.coverage` over the features of a dictionary."""
-
-    features: int
-    """Number of features that fire in enough shots."""
-    mean: float
-    quartiles: tuple[float, float, float]
-    area: float
-    """Mean of `FeatureStats.area`."""
 
 
 @final
@@ -199,6 +189,11 @@ class Book:
             "feature IN (SELECT value FROM json_each(?)) AND +shot IN (SELECT value FROM json_each(?)) AND kind != 'silent'"
         )
         return self._examples(condition, json.dumps(sorted(set(features))), json.dumps(sorted(set(shots))))
+
+    def packed_maps(self, shot: int) -> list[tuple[int, float, bytes]]:
+        """Return the feature of each example in a shot in which it fires, its peak there, and its map (`TokenMap.packed`)."""
+        query = "SELECT feature, peak, map FROM examples WHERE shot = ? AND kind != 'silent'"
+        return [(feature, peak, packed) for feature, peak, packed in self._query(query, shot)]
 
     def shots(self, numbers: Iterable[int]) -> dict[int, ShotRow]:
         """Return the shots of these numbers with their images, by number."""

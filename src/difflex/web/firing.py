@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, final
 import numpy as np
 
 from difflex.errors import UnknownName
-from difflex.features.entries import COVER_THRESHOLD, Example, TokenMap
+from difflex.features.entries import COVER_THRESHOLD, LEVELS, TokenMap
 from difflex.records import Shot
 from difflex.study import DictionaryRef
 from difflex.web.answers import Answer, TileAnswer, levels
@@ -72,16 +72,18 @@ class Firing(NamedTuple):
         return cls(fired.grid, tokens.astype(np.int32), features.astype(np.int32), values.astype(np.float32))
 
     @classmethod
-    def of_examples(cls, examples: Iterable[Example], grid: tuple[int, int]) -> Firing:
-        """Return what fires by examples of one image: of each feature the strongest one."""
-        best: dict[int, Example] = {}
-        for example in examples:
-            if example.feature not in best or example.peak > best[example.feature].peak:
-                best[example.feature] = example
-        maps = [example.map for example in best.values()]
-        features = np.repeat([*best], [len(where.tokens) for where in maps]) if maps else []
-        tokens, values = ([number for where in maps for number in where[part]] for part in (0, 1))
-        return cls(grid, np.array(tokens, np.int32), np.array(features, np.int32), np.array(values, np.float32))
+    def of_maps(cls, maps: Iterable[tuple[int, float, bytes]], grid: tuple[int, int]) -> Firing:
+        """Return what fires by the maps of examples of one image (`Book.packed_maps`): of each feature the strongest one."""
+        best: dict[int, tuple[float, np.ndarray]] = {}
+        for feature, peak, packed in maps:
+            if feature not in best or peak > best[feature][0]:
+                best[feature] = (peak, np.frombuffer(packed, "<u2").reshape(2, -1))
+        parts = [part for _, part in best.values()]
+        tokens, shares = np.concatenate([np.zeros((2, 0), np.uint16), *parts], axis=1)
+        sizes = [part.shape[1] for part in parts]
+        peaks = np.repeat(np.array([peak for peak, _ in best.values()], np.float32), sizes)
+        features = np.repeat(np.array([*best], np.int32), sizes)
+        return cls(grid, tokens.astype(np.int32), features, shares * (peaks / LEVELS))
 
     @property
     def size(self) -> int:

@@ -324,7 +324,7 @@ def _known(catalogue: Catalogue, ref: DictionaryRef, number: int) -> Firing | No
     if grid is None:
         return None
     with catalogue.book(ref) as book:
-        return Firing.of_examples((example for row in rows for example in book.examples_at(row.id)), grid)
+        return Firing.of_maps((entry for row in rows for entry in book.packed_maps(row.id)), grid)
 
 
 def _in_grid(ref: DictionaryRef, firing: Firing | None) -> Firing:
