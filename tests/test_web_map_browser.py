@@ -13,6 +13,7 @@ from test_web_browser import ink, numbers
 from difflex.features.entries import FeatureNeighbour
 
 SAE = "double.1:smooth/topk-60-k4"
+OTHER = "double.1:smooth/itda-60-k4"
 FEATURES = 60
 
 
@@ -26,6 +27,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     }
     write_book(study, SAE, features=FEATURES, explained={9: ("stars", 0.9)}, neighbours=neighbours)
     write_matches(study, SAE, (0.9, 0.7, 0.6, 0.4), per_concept=2)
+    write_dictionary(study, OTHER)
+    write_book(study, OTHER, features=FEATURES)
     site = Site(study)
     yield site
     site.close()
@@ -110,6 +113,7 @@ def test_a_feature_on_the_map_is_shown_and_opened(page: Page):
     page.wait_for_url("**/17")
     page.get_by_text("On the map").click()
     page.wait_for_url("**/map/**feature=17")
+    page.wait_for_selector("#shown:not([hidden]) >> text=feature 17")
 
 
 def test_the_map_is_zoomed_moved_and_coloured(page: Page):
@@ -157,3 +161,14 @@ def test_a_vote_stays_after_a_reload(page: Page, site: Site):
     disagree.click()
     page.wait_for_selector(".votes button[value=false][aria-pressed=true]")
     assert agree.get_attribute("aria-pressed") == "false"
+
+
+def test_a_feature_is_compared_with_those_of_another_dictionary(page: Page, site: Site):
+    page.goto(f"http://127.0.0.1:{site.port}/d/{SAE}/9")
+    page.get_by_label("Compare with").select_option(OTHER)
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_url("**/compare?**feature=9**")
+    assert "similarity 1.00" in page.inner_text(".compare") and ink(page, ".compare .small canvas") > 0
+    page.get_by_role("link", name="Compare by concepts").click()
+    page.wait_for_selector(".pairs")
+    assert page.locator(".pairs h2").all_inner_texts() == ["red", "blue", "star"]

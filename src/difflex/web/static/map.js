@@ -54,6 +54,7 @@ async function begin() {
   document.getElementById("placed").textContent = left ? `${left.toLocaleString("en")} features without neighbours are not on it.` : "";
   index();
   paint();
+  if (marked >= 0 && marked < answer.features) show(marked);
 }
 
 // Features by cell of a grid, to find the one under the pointer.
