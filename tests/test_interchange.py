@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_harvest import SITES, FakeHarvest, fake_shots
 from interchange_cases import (
     FROZEN,
     SITE,
@@ -34,6 +35,7 @@ from difflex.dictionaries import ITDA, SAE, Dictionary, Normalisation
 from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
 from difflex.interchange import FORMATS, compare_reconstructions, detect_format, read_dictionary, write_dictionary
 from difflex.records import ActivationBatch
+from difflex.store import RecordingConfig, record
 from difflex.study import Study
 
 
@@ -243,6 +245,35 @@ def test_importing_again_is_up_to_date_and_another_needs_a_label(study: Path, ca
     for label, code in (("../x", 2), ("other", 0)):
         words = ["import", str(FROZEN / "saelens-topk-rescaled"), "--site", "double.1", "--out", str(study), "--label", label]
         assert main(words) == code
+
+
+def test_stored_activations_tell_k_and_measure_approximations(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study = Study.begin(tmp_path / "study", "fake")
+    config = RecordingConfig(batch=4, progress=False)
+    record(study.activations, fake_shots(40), SITES[0], FakeHarvest(width=WIDTH), config)
+    words = ["import", str(FROZEN / "saelens-jumprelu"), "--site", "double.1", "--out", str(study.folder)]
+    assert main(words) == 0
+    [ref] = study.dictionaries()
+    assert 1 < Dictionary.load(study.dictionary(*ref)).k < SIZE
+    assert main(["export", str(study.folder), str(ref), "--to", "sparsify", "--out", str(tmp_path / "out"), "--approximate"]) == 0
+    assert "held-out tokens the reconstruction leaves" in capsys.readouterr().out
+    assert main(["import", str(FROZEN / "saelens-jumprelu"), "--site", "single.0:update", "--out", str(study.folder)]) == 2
+
+
+def test_a_repository_of_the_hub_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def snapshot(*arguments: object) -> Path:
+        asked.append(arguments)
+        return FROZEN
+
+    monkeypatch.setattr("difflex.hub.snapshot", snapshot)
+    words = ["import", "somebody/saes/saelens-topk", "--site", "double.1", "--model", "mini-flux", "--out", str(tmp_path)]
+    assert main([*words, "--revision", "v1", "--offline"]) == 0
+    assert asked == [("somebody/saes", "v1", True, ["saelens-topk/*"])]
+    [ref] = Study.open(tmp_path).dictionaries()
+    imported = Dictionary.load(Study.open(tmp_path).dictionary(*ref)).origin.training["imported"]
+    assert isinstance(imported, dict) and imported["source"] == f"somebody/saes/saelens-topk at {FROZEN.name}"
 
 
 def test_an_import_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from difflex.dictionaries import ITDA
 from difflex.errors import BadInput, BrokenFile, DifflexError
 from difflex.interchange import read_dictionary
 from difflex.records import Site
@@ -19,6 +20,12 @@ SITE = Site("double.18")
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def read(folder: Path, **arguments: str) -> ITDA:
+    itda = read_dictionary(folder, site=SITE, **arguments)  # pyright: ignore[reportArgumentType]
+    assert isinstance(itda, ITDA)
+    return itda
 
 
 def flux(folder: Path, config: dict | None = None, tensors: dict | None = None) -> Path:
@@ -93,7 +100,7 @@ def plain_flux_reconstruction(x: Tensor, folder: Path) -> Tensor:
 
 
 def test_a_flux_dictionary_reconstructs_as_published(tmp_path: Path):
-    itda = read_dictionary(flux(tmp_path), site=SITE, model="black-forest-labs/FLUX.1-schnell")
+    itda = read(flux(tmp_path), model="black-forest-labs/FLUX.1-schnell")
     assert (itda.size, itda.width, itda.k, itda.pursuit) == (SIZE, WIDTH, 5, "gradient")
     x = 3 * rand(20, WIDTH, seed=5)
     expected = plain_flux_reconstruction(x, tmp_path)
@@ -102,12 +109,12 @@ def test_a_flux_dictionary_reconstructs_as_published(tmp_path: Path):
 
 
 def test_without_subtract_mean_the_mean_is_not_used(tmp_path: Path):
-    itda = read_dictionary(flux(tmp_path, {"subtract_mean": False}), site=SITE)
+    itda = read(flux(tmp_path, {"subtract_mean": False}))
     assert not itda.constant.any()
 
 
 def test_a_language_model_dictionary_reconstructs_as_published(tmp_path: Path):
-    itda = read_dictionary(leask(tmp_path), site=SITE)
+    itda = read(leask(tmp_path))
     assert (itda.size, itda.k, itda.pursuit) == (SIZE, 6, "matching")
     atoms, x = F.normalize(rand(SIZE, WIDTH), dim=1), rand(20, WIDTH, seed=5)
     residual = x.clone()
@@ -139,7 +146,7 @@ def test_a_language_model_dictionary_reconstructs_as_published(tmp_path: Path):
 
 
 def test_a_foreign_dictionary_can_be_saved_and_loaded(tmp_path: Path):
-    itda = read_dictionary(leask(tmp_path / "theirs"), site=SITE)
+    itda = read(leask(tmp_path / "theirs"))
     back = type(itda).load(itda.save(tmp_path / "ours"))
     assert torch.equal(back.encode(rand(9, WIDTH)).values, itda.encode(rand(9, WIDTH)).values)
 
@@ -155,7 +162,7 @@ def test_a_foreign_dictionary_can_be_saved_and_loaded(tmp_path: Path):
 )
 def test_outputs_that_differ_from_the_atoms_are_refused(tmp_path: Path, config: dict, tensors: dict):
     with pytest.raises(BadInput, match=r"outputs of the atoms .* \(ys, mean_y, std_y, skip_connection\) differ"):
-        read_dictionary(flux(tmp_path, config, tensors), site=SITE)
+        read(flux(tmp_path, config, tensors))
 
 
 def test_damaged_files_are_refused(tmp_path: Path):
@@ -169,15 +176,15 @@ def test_damaged_files_are_refused(tmp_path: Path):
     }
     for message, folder in cases.items():
         with pytest.raises(BrokenFile, match=message):
-            read_dictionary(folder, site=SITE)
+            read(folder)
     (tmp_path / "a" / "sae.safetensors").write_bytes(b"no")
     with pytest.raises(BrokenFile, match="more than it can have"):
-        read_dictionary(tmp_path / "a", site=SITE)
+        read(tmp_path / "a")
     (tmp_path / "d" / "atoms.pt").write_bytes(b"no")
     with pytest.raises(BrokenFile, match="cannot be read as tensors"):
-        read_dictionary(tmp_path / "d", site=SITE)
+        read(tmp_path / "d")
     with pytest.raises(BadInput, match="no dictionary of a known format"):
-        read_dictionary(tmp_path, site=SITE)
+        read(tmp_path)
 
 
 def test_claims_that_no_file_can_keep_are_refused_before_memory_is_taken(tmp_path: Path):
@@ -194,14 +201,14 @@ def test_claims_that_no_file_can_keep_are_refused_before_memory_is_taken(tmp_pat
     }
     for message, folder in cases.items():
         with pytest.raises(BrokenFile, match=message):
-            read_dictionary(folder, site=SITE)
-    assert read_dictionary(leask(tmp_path / "i", metadata=deep), site=SITE).size == SIZE
+            read(folder)
+    assert read(leask(tmp_path / "i", metadata=deep)).size == SIZE
     (tmp_path / "a" / "cfg.json").write_text("[" * 100_000)
     with pytest.raises(BrokenFile, match="cannot be read as JSON"):
-        read_dictionary(tmp_path / "a", site=SITE)
+        read(tmp_path / "a")
     nan = {name: torch.full((WIDTH,), torch.nan) for name in ("mean_x", "mean_y")}
     with pytest.raises(DifflexError):
-        read_dictionary(flux(tmp_path / "j", {}, nan), site=SITE)
+        read(flux(tmp_path / "j", {}, nan))
 
 
 @pytest.mark.parametrize(
@@ -210,11 +217,11 @@ def test_claims_that_no_file_can_keep_are_refused_before_memory_is_taken(tmp_pat
 )
 def test_tensors_whose_shapes_do_not_fit_together_are_refused(tmp_path: Path, tensors: dict):
     with pytest.raises(BrokenFile, match=r"do not fit together|has the shape"):
-        read_dictionary(flux(tmp_path / "flux", tensors=tensors), site=SITE)
+        read(flux(tmp_path / "flux", tensors=tensors))
 
 
 def test_metadata_that_is_not_text_is_refused(tmp_path: Path):
     folder = leask(tmp_path / "leask")
     (folder / "metadata.yaml").write_bytes(bytes(range(128, 256)))
     with pytest.raises(BrokenFile, match=r"metadata\.yaml cannot be read as text"):
-        read_dictionary(folder, site=SITE)
+        read(folder)

@@ -240,9 +240,11 @@ Prices = Annotated[tuple[float, float] | None, _flag(_prices, "IN,OUT", _with_co
 
 def located(name: str) -> str:
     """Return the absolute path of a file or folder, so that it is found from anywhere, and any other name as it is."""
+    if not os.path.exists(name):
+        return name
     from difflex.pipeline import embedded
 
-    return os.path.abspath(name) if name not in embedded() and os.path.exists(name) else name
+    return name if name in embedded() else os.path.abspath(name)
 
 
 def memory_to_work() -> int:

@@ -55,7 +55,7 @@ class ImportCommand(Command):
     def __call__(self) -> list[Path]:
         from difflex.interchange import read_dictionary
 
-        path, site, study = self._path(), Site.parse(self.site), self._study()
+        (path, source), site, study = self._files(), Site.parse(self.site), self._study()
         width = _stored_width(study, site)
         dictionary = read_dictionary(
             path,
@@ -66,6 +66,7 @@ class ImportCommand(Command):
             k=self.k,
             label=self.label,
             activations=None if width is None else lambda: _stored(study, site, "train"),
+            source=source,
             keep_halves=True,
         )
         if width not in (None, dictionary.width):
@@ -85,15 +86,16 @@ class ImportCommand(Command):
         )
         return [folder]
 
-    def _path(self) -> Path:
-        """Return the files on this machine; those of a repository are downloaded."""
+    def _files(self) -> tuple[Path, str]:
+        """Return the files on this machine and where they are from; those of a repository are downloaded."""
         match = HUB_NAME.fullmatch(self.path)
         if Path(self.path).exists() or match is None:
-            return Path(self.path)
+            return Path(self.path), self.path
         from difflex.hub import snapshot
 
         inner = match[2].strip("/")
-        return snapshot(match[1], self.revision, self.offline, [f"{inner}/*"] if inner else ()) / inner
+        folder = snapshot(match[1], self.revision, self.offline, [f"{inner}/*"] if inner else ())
+        return folder / inner, f"{self.path} at {folder.name}"
 
     def _study(self) -> Study:
         """Return the study, which is written only when the dictionary was read."""

@@ -12,7 +12,7 @@ import torch
 
 from difflex.dictionaries import Dictionary, DictionaryOrigin
 from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
-from difflex.files import folder_lock
+from difflex.files import Json, folder_lock
 from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat
 from difflex.interchange.dictionary_learning import DictionaryLearningFormat
 from difflex.interchange.fae import FaeFormat
@@ -107,22 +107,24 @@ def read_dictionary(
     k: int | None = None,
     label: str | None = None,
     activations: Batches | None = None,
+    source: str | None = None,
     keep_halves: bool = False,
 ) -> Dictionary:
     """Read a dictionary that another tool wrote; the files do not name the `site`, so it has to be given.
 
     The `format` is recognised if it is left out. `k` is needed where the files do not say how many features fire, unless
-    `activations` tell it. `label` is added to the name of the dictionary, by default that of the format. With `keep_halves`,
-    weights of 16 bits stay as they are: such a dictionary can be saved, and has to be loaded again to be used.
+    `activations` tell it. `label` is added to the name of the dictionary, by default that of the format. `source` is where
+    the files are from, if not from `path`. With `keep_halves`, weights of 16 bits stay as they are: such a dictionary can be
+    saved, and has to be loaded again to be used.
     """
     if label is not None and not LABEL.fullmatch(label):
         raise BadInput(f"'{label[:80]}' cannot be a part of a name. Use letters, digits, points and hyphens.")
     chosen = detect_format(path) if format is None else find_format(format)
-    source = ForeignSource(path)
-    found = chosen.read(source)
-    training = {"imported": _origin(chosen, source, found), "variant": f"-{label or chosen.name}"}
+    files = ForeignSource(path)
+    found = chosen.read(files)
+    training = {"imported": _origin(chosen, files, found, source), "variant": f"-{label or chosen.name}"}
     origin = DictionaryOrigin(site=Site.parse(site), model=model, revision=revision, training=training)
-    k = _choose_k(found, source, origin, k, activations)
+    k = _choose_k(found, files, origin, k, activations)
     try:
         dictionary = found.make(origin, k)
     except BadInput as error:
@@ -148,15 +150,15 @@ def write_dictionary(dictionary: Dictionary, format: str, folder: Path | str, *,
     return ExportResult(files=files, approximations=fitted.approximations, written=fitted.dictionary)
 
 
-def _origin(format: ForeignFormat, source: ForeignSource, found: ForeignDictionary) -> dict:
+def _origin(format: ForeignFormat, files: ForeignSource, found: ForeignDictionary, source: str | None) -> dict[str, Json]:
     """Return where a dictionary comes from, as plain JSON."""
     return {
         "format": format.name,
         "tool": format.tool,
         "class": found.model_class,
         "version": found.version,
-        "source": str(source.path),
-        "sha256": source.checksums(),
+        "source": source or str(files.path),
+        "sha256": files.checksums(),
         "config": dict(found.config),
     }
 
@@ -170,18 +172,18 @@ def _in_float32(dictionary: Dictionary) -> Dictionary:
 
 
 def _choose_k(
-    found: ForeignDictionary, source: ForeignSource, origin: DictionaryOrigin, k: int | None, activations: Batches | None
+    found: ForeignDictionary, files: ForeignSource, origin: DictionaryOrigin, k: int | None, activations: Batches | None
 ) -> int:
     """Return the k of the files, the one that was asked for, or the average that fires on `activations`."""
     if found.k is not None and k not in (None, found.k):
-        raise BadInput(f"{source.path} says k {found.k}, not {k}. Leave --k out.")
+        raise BadInput(f"{files.path} says k {found.k}, not {k}. Leave --k out.")
     if (known := found.k or k) is not None:
         return known
     if not found.fires_over_thresholds:
-        raise BadInput(f"{source.path} does not say how many features fire for each token. Name the number with --k.")
+        raise BadInput(f"{files.path} does not say how many features fire for each token. Name the number with --k.")
     if activations is None:
         raise BadInput(
-            f"{source.path} does not say how many features fire for a token, and no activations of {origin.site} are stored to "
+            f"{files.path} does not say how many features fire for a token, and no activations of {origin.site} are stored to "
             "count them on. Harvest some first, or name the average with --k."
         )
     dictionary, fires, tokens = _in_float32(found.make(origin, 1)), 0, 0
