@@ -114,11 +114,13 @@ class _Export:
         entries = [{"place": entry.place, "name": str(entry.ref)} for entry in self.dictionaries]
         self._write_json("dictionaries.json", entries)
         pages = sum(len(entry.features) for entry in self.dictionaries)
+        words = {entry.ref: _words(self.catalogue, entry, progress) for entry in self.dictionaries}
         with ProgressBar(total=pages, desc="export", unit=" pages", show=progress) as bar, _event_loop() as loop:
             render = partial(_page, self.app, loop)
             self._write_page("search.html", render("/search"))
             for entry in self.dictionaries:
                 self._write_dictionary(entry, render, bar)
+                self._write_json(f"{entry.place}/words.json", words[entry.ref])
             front = self.catalogue.front()
             [first] = [e for e in self.dictionaries if e.ref == front] or self.dictionaries[:1]
             self._write_page("index.html", render(place(str(first.ref.site), first.ref.label)))
@@ -138,7 +140,6 @@ class _Export:
         concept = [numbers[best[feature].concept] if feature in best else -1 for feature in entry.features]
         content = {"size": entry.size, "grid": self.catalogue.grid(entry.ref), "columns": columns}
         self._write_json(f"{entry.place}/columns.json", {**content, "concepts": names, "concept": concept})
-        self._write_json(f"{entry.place}/words.json", _words(self.catalogue, entry))
         for number, first in enumerate(range(0, len(entry.features), MOST_TILES)):
             tiles = self.catalogue.tiles(entry.ref, entry.features[first : first + MOST_TILES])
             self._images |= {tile.image for tile in tiles if tile.image}
@@ -233,10 +234,11 @@ def _rounded(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else float(f"{value:.{DIGITS}g}") for value in values.tolist()]
 
 
-def _words(catalogue: Catalogue, entry: ExportedDictionary) -> Mapping[str, list[tuple[int, float, str]]]:
+def _words(catalogue: Catalogue, entry: ExportedDictionary, progress: bool) -> Mapping[str, list[tuple[int, float, str]]]:
     """Return what the search finds for each concept and the most frequent words: positions, scores and reasons, best first."""
     positions, found = {feature: position for position, feature in enumerate(entry.features)}, {}
-    for words, text in vocabulary(catalogue.study, entry.ref, WORDS).items():
+    texts = vocabulary(catalogue.study, entry.ref, WORDS)
+    for words, text in ProgressBar(texts.items(), desc=f"search in {entry.ref}", unit=" words", show=progress):
         try:
             hits = search(catalogue.study, text, entry.ref, len(positions))
         except UnknownName:
