@@ -134,15 +134,21 @@ def test_every_link_of_an_export_leads_to_a_file_of_it(export: Path):
         json.loads(file.read_text())
 
 
-def test_an_export_replaces_only_an_export(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_export_replaces_only_an_export(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     out, words = tmp_path / "out", ["export-html", str(study.folder), "--dictionary", OTHER]
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     assert main([*words, "--out", str(out)]) == 2 and "is no export of difflex" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+    monkeypatch.chdir(out)
+    assert main([*words, "--out", "."]) == 2 and main([*words, "--out", "/"]) == 2
     out = tmp_path / "new"
+    (tmp_path / ".new.partial" / "d").mkdir(parents=True)
+    (tmp_path / ".new.partial" / "left.html").write_text("by a killed process")
     assert main([*words, "--out", str(out)]) == 0
-    assert "all 12 features" in capsys.readouterr().out
+    assert "all 12 features" in capsys.readouterr().out and not (out / "left.html").exists()
     (out / "older.html").write_text("")
     assert main([*words, "--out", str(out)]) == 0
     assert not (out / "older.html").exists() and {path.name for path in tmp_path.iterdir()} == {"out", "new"}

@@ -66,12 +66,13 @@ def export_html(study: Study, out: Path, refs: Sequence[DictionaryRef], most: in
     Of a dictionary with more than `most` features the best are taken: by average precision, then by the score of their
     explanations, then by density. The folder appears when all is there; it replaces an older export, and nothing else.
     """
+    out = out.absolute()
     _check_out(out)
     partial_folder = out.with_name(f".{out.name}.partial")
     with folder_lock(partial_folder):
         with disk_errors(partial_folder):
-            shutil.rmtree(partial_folder)  # what a killed process left
-            partial_folder.mkdir()
+            for path in partial_folder.iterdir():  # what a killed process left
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         summary = _Export(study, partial_folder, refs, most).write(progress)
         former = out.with_name(f".{out.name}.former")
         with disk_errors(out):
