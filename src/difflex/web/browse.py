@@ -49,7 +49,7 @@ def add_images(app: FastAPI, albums: Sequence[ImageAlbum]) -> None:
         raise HTTPException(404, problem)
 
 
-def _query(
+async def _query(
     sort: Words = "ap",
     ascending: bool = False,
     where: Conditions = [],  # noqa: B006 (FastAPI copies it)
@@ -58,7 +58,7 @@ def _query(
     like: Annotated[int | None, Query(ge=0, le=10**9)] = None,
     within: Words = "",
 ) -> WallQuery:
-    """Read the query of a wall from an address."""
+    """Read the query of a wall from an address; asynchronous, so that it needs no thread of its own."""
     if any(len(text) > LONGEST for text in where):
         raise BadInput(f"A condition has more than {LONGEST} letters. Write a column, one of < <= > >= = and a number.")
     conditions = [part.strip() for text in where for part in text.split(",")]
