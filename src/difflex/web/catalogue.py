@@ -79,8 +79,15 @@ class _Stamp(NamedTuple):
 
     @classmethod
     def of(cls, *paths: Path) -> _Stamp:
-        states = [path.stat() if path.exists() else None for path in paths]
-        return cls(tuple((0, 0) if state is None else (state.st_mtime_ns, state.st_size) for state in states))
+        return cls(tuple(_time_and_size(path) for path in paths))
+
+
+def _time_and_size(path: Path) -> tuple[int, int]:
+    try:
+        state = path.stat()
+    except FileNotFoundError:  # it may be removed at any time
+        return 0, 0
+    return state.st_mtime_ns, state.st_size
 
 
 @final
