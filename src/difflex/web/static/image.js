@@ -14,6 +14,7 @@ const HINT = {
   peak: "strongest in shares of their peaks in the book",
   area: "largest, where they have a fifth of their peaks or more",
 };
+const ASK = byId("spoken").textContent;
 const encoded = (text) => encodeURIComponent(text).replaceAll("%3A", ":");
 
 let reading = null; // what the model has read
@@ -49,7 +50,7 @@ async function ask(what, values) {
         continue;
       }
       if (!reply?.ok) return void say(content?.error ?? "The server does not answer.");
-      if (answers.size > 200) answers.clear();
+      if (answers.size > 60) answers.clear();
       answers.set(target, content);
     }
     return number === questions ? answers.get(target) : null;
@@ -97,6 +98,7 @@ async function strongest() {
   token = null;
   byId("where").textContent = "Strongest in the image";
   byId("whole").hidden = true;
+  byId("spoken").textContent = ASK;
   const rest = answer.total > answer.features.length ? ` of ${answer.total.toLocaleString("en")}` : "";
   byId("count").textContent = `${answer.features.length}${rest} features: ${HINT[order]}. What fires nearly everywhere comes late.${compared()}`;
   list.className = "placed";
