@@ -12,7 +12,7 @@ from sample_study import new_study, write_book, write_evaluation
 
 from difflex.cli import main
 from difflex.dictionaries import Dictionary, DictionaryOrigin, Neurons, fingerprint
-from difflex.publication import read_hub_origin
+from difflex.hub import read_hub_origin
 from difflex.records import Site
 from difflex.study import Study
 
@@ -60,6 +60,9 @@ def test_what_was_pushed_is_pulled_with_the_same_fingerprint(
     origin = read_hub_origin(other.dictionary(SITE, LABEL))
     assert origin is not None and origin == (NAME, hub.repositories[NAME].branches["main"])
     assert main(["verify", str(other.folder)]) == 0
+    capsys.readouterr()
+    assert main(["status", str(other.folder)]) == 0
+    assert f"{SITE}/{LABEL}, pulled from {NAME} at {origin.commit[:12]}" in capsys.readouterr().out
     assert TOKEN not in "".join(capsys.readouterr()) and not [
         path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
     ]

@@ -15,21 +15,26 @@ from typing import NamedTuple
 
 from difflex.dictionary_config import CONFIG, TENSORS
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.files import CHUNK
+from difflex.files import CHUNK, read_json, write_json
 from difflex.records import Site
 
 __all__ = [
     "HubDictionary",
+    "HubOrigin",
     "check_repository",
     "commit_files",
     "dictionary_snapshot",
     "list_dictionaries",
     "prepare_repository",
+    "read_hub_origin",
     "snapshot",
+    "write_hub_origin",
 ]
 
 NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 LOG_IN = "Log in with `hf auth login` or set HF_TOKEN to a token that may use it"
+ORIGIN, FORMAT = "hub.json", 1
+"""The file beside a pulled dictionary that says where it is from."""
 GIT_SHA1, SHA256 = 40, 64
 """Digits of the checksums that the cache of the hub names files by: of small files and of large ones."""
 
@@ -108,6 +113,26 @@ def _list_dictionaries(name: str, revision: str | None, offline: bool) -> tuple[
             "difflex import reads the formats of other tools."
         )
     return folder.name, known
+
+
+class HubOrigin(NamedTuple):
+    """Where a dictionary of a study was pulled from."""
+
+    repository: str
+    commit: str
+
+
+def write_hub_origin(folder: Path, origin: HubOrigin) -> None:
+    """Note in the folder of a dictionary where it was pulled from."""
+    write_json(folder / ORIGIN, FORMAT, origin._asdict())
+
+
+def read_hub_origin(folder: Path) -> HubOrigin | None:
+    """Return where the dictionary in `folder` was pulled from; None if it was not."""
+    if not (folder / ORIGIN).is_file():
+        return None
+    entries = read_json(folder / ORIGIN, FORMAT, "Pull the dictionary again.")
+    return HubOrigin(str(entries.get("repository")), str(entries.get("commit")))
 
 
 def check_repository(name: str) -> None:

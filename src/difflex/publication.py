@@ -12,19 +12,18 @@ from difflex.dictionary_config import CONFIG, TENSORS, DictionaryConfig, fingerp
 from difflex.errors import BadInput, DifflexError, StaleWork
 from difflex.evaluation import Evaluation
 from difflex.features import Book, ImageAlbum, overlaid
-from difflex.files import read_json, replacing, write_file, write_json
-from difflex.hub import HubDictionary, check_repository, commit_files, prepare_repository, snapshot
+from difflex.files import replacing, write_file
+from difflex.hub import HubDictionary, HubOrigin, check_repository, commit_files, prepare_repository, snapshot, write_hub_origin
 from difflex.images import contact_sheet
 from difflex.report.figures.gallery import FeatureRanking, RankedFeature
 from difflex.report.reading import read_facts
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["HubOrigin", "pull_dictionary", "push", "read_hub_origin", "stage", "write_repository"]
+__all__ = ["pull_dictionary", "push", "stage", "write_repository"]
 
-CARD, EVALUATION, SCALES, EXAMPLES, ORIGIN = "README.md", "evaluation.json", "scales.safetensors", "features.webp", "hub.json"
+CARD, EVALUATION, SCALES, EXAMPLES = "README.md", "evaluation.json", "scales.safetensors", "features.webp"
 FIRST = ".gitattributes"
 """What the hub puts into a new repository."""
-FORMAT = 1
 FEATURES, IMAGES, SIDE = 8, 5, 128
 """Features in the image of examples, images of each, and their side in pixels."""
 SCANNED = 200
@@ -62,13 +61,6 @@ class CardEntry(NamedTuple):
         return self.place.partition("/")[2]
 
 
-class HubOrigin(NamedTuple):
-    """Where a dictionary of a study was pulled from."""
-
-    repository: str
-    commit: str
-
-
 def push(
     study: Study, refs: Sequence[DictionaryRef], name: str, folder: Path, private: bool, revision: str | None, licence: str | None
 ) -> str:
@@ -102,20 +94,20 @@ def stage(
         own, place = study.dictionary(*ref), f"{ref.site.folder}/{ref.label}"
         digest = fingerprint(own)
         files |= {f"{place}/{each}": own / each for each in (CONFIG, TENSORS)}
-        if (evaluation := facts_evaluation(study, ref, digest)) is not None:
+        if (evaluation := _current_evaluation(study, ref, digest)) is not None:
             files[f"{place}/{EVALUATION}"] = evaluation
         if _has_scales(study, ref, digest):
             files[f"{place}/{SCALES}"] = study.scales(*ref)
         if ref in facts.books:
             with Book.open(study.book(*ref)) as book:
                 features = _shown_features(FeatureRanking(facts, book, ref))
-                if (image := draw_examples(book, ImageAlbum(study.images), features)) is not None:
+                if (image := _draw_examples(book, ImageAlbum(study.images), features)) is not None:
                     path = folder / place / EXAMPLES
                     path.parent.mkdir(parents=True, exist_ok=True)
                     image.save(path, "WEBP", quality=85)
                     files[f"{place}/{EXAMPLES}"] = path
     entries = _card_entries(before, files)
-    write_file(folder / CARD, card(name, entries, licence or _licence_of(before)).encode())
+    write_file(folder / CARD, _card(name, entries, licence or _licence_of(before)).encode())
     return {CARD: folder / CARD, **files}
 
 
@@ -143,19 +135,11 @@ def pull_dictionary(study: Study, source: HubDictionary) -> bool:
     for name, path in ((EVALUATION, study.evaluation(*ref)), (SCALES, study.scales(*ref))):
         if (source.folder / name).is_file() and not path.exists():
             _copy(source.folder / name, path)
-    write_json(target / ORIGIN, FORMAT, {"repository": source.repository, "commit": source.commit})
+    write_hub_origin(target, HubOrigin(source.repository, source.commit))
     return is_new
 
 
-def read_hub_origin(folder: Path) -> HubOrigin | None:
-    """Return where the dictionary in `folder` was pulled from; None if it was not."""
-    if not (folder / ORIGIN).is_file():
-        return None
-    entries = read_json(folder / ORIGIN, FORMAT, "Pull the dictionary again.")
-    return HubOrigin(str(entries.get("repository")), str(entries.get("commit")))
-
-
-def facts_evaluation(study: Study, ref: DictionaryRef, digest: str) -> Path | None:
+def _current_evaluation(study: Study, ref: DictionaryRef, digest: str) -> Path | None:
     """Return the file with the evaluation of a dictionary as it is now; None without one."""
     path = study.evaluation(*ref)
     return path if path.is_file() and Evaluation.load(path).fingerprint == digest else None
@@ -177,7 +161,7 @@ def _shown_features(ranking: FeatureRanking) -> list[RankedFeature]:
     return [*chosen.values()]
 
 
-def draw_examples(book: Book, album: ImageAlbum, features: Iterable[RankedFeature]) -> Image.Image | None:
+def _draw_examples(book: Book, album: ImageAlbum, features: Iterable[RankedFeature]) -> Image.Image | None:
     """Draw the images in which each feature is strongest, with a line around the tokens where it fires; None without any."""
     labels, rows = [], []
     for feature in features:
@@ -197,7 +181,7 @@ def draw_examples(book: Book, album: ImageAlbum, features: Iterable[RankedFeatur
     return contact_sheet(rows, row_labels=labels, column_labels=[f"#{i + 1}" for i in range(IMAGES)], side=SIDE) if rows else None
 
 
-def card(name: str, entries: Sequence[CardEntry], licence: str | None) -> str:
+def _card(name: str, entries: Sequence[CardEntry], licence: str | None) -> str:
     """Return the card of a repository: its dictionaries in a table, how to load them, and what was measured of each."""
     models = sorted({str(entry.config.model) for entry in entries})
     base = [model for model in models if HUB_MODEL.fullmatch(model)]
@@ -257,6 +241,7 @@ def _section(entry: CardEntry) -> str:
         f"- site: `{config.site}`, width {config.width:,}",
         f"- kind: {config.kind}, {config.size:,} features, k {config.k}; normalisation: {config.normalisation}",
         *([f"- trained on: {_shown_data(data)}"] if isinstance(data, str) and data else []),
+        *([f"- imported {_shown_data(config.imported)}"] if config.imported else []),
         f"- checksum of the weights (SHA-256): `{config.sha256}`",
     ]
     parts = [f"## {config.site}/{entry.label}", "\n".join(facts)]

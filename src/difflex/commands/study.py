@@ -13,6 +13,7 @@ from difflex.commands import verb_class
 from difflex.dictionary_config import read_config
 from difflex.errors import BadInput, DifflexError
 from difflex.files import Json
+from difflex.hub import read_hub_origin
 from difflex.images import check_output
 from difflex.study import Command, CommandRecord, DictionaryRef, Study, read_log
 from difflex.tables import text_table
@@ -48,8 +49,10 @@ class StatusCommand(Command):
 
 
 def _imported(study: Study, ref: DictionaryRef) -> str:
-    """Return where a dictionary was imported from, for its line; nothing for one that was made here or cannot be read."""
+    """Return where a dictionary is from, for its line; nothing for one that was made here or cannot be read."""
     with suppress(DifflexError):
+        if origin := read_hub_origin(study.dictionary(*ref)):
+            return f", pulled from {origin.repository} at {origin.commit[:12]}"
         if imported := read_config(study.dictionary(*ref)).imported:
             return f", imported {imported}"
     return ""
