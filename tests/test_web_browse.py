@@ -321,3 +321,9 @@ def test_dictionaries_of_another_study_are_compared_with(study: Study, tmp_path:
         assert site.get(f"/api/compare?left={SAE}&right=against/{OTHER}").status == 404
     finally:
         site.close()
+
+
+def test_of_large_maps_only_the_strongest_examples_are_shown(site: Site, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("difflex.web.feature.MOST_BYTES", 12)
+    examples = site.json(f"{DATA}/8")["examples"]  # pyright: ignore
+    assert [example["shot"] for example in examples] == [48, 49, 50], "three maps of four tokens fit"
