@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -104,10 +105,11 @@ class ParquetRows(RowReader):
         return self._starts[-1]
 
     def rows(self, first: int, count: int) -> Float[Tensor, "row width"]:
-        parts = []
-        for group, (start, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
-            if start < first + count and end > first:
-                parts.append(self._read(group)[max(first - start, 0) : first + count - start])
+        parts, group = [], bisect_right(self._starts, first) - 1
+        while group < len(self._starts) - 1 and self._starts[group] < first + count:
+            start = self._starts[group]
+            parts.append(self._read(group)[max(first - start, 0) : first + count - start])
+            group += 1
         return torch.cat(parts)
 
     def _read(self, group: int) -> Float[Tensor, "row width"]:
@@ -140,11 +142,12 @@ class JoinedRows(RowReader):
         return self._starts[-1]
 
     def rows(self, first: int, count: int) -> Float[Tensor, "row width"]:
-        found = []
-        for part, start in zip(self._parts, self._starts, strict=False):
-            low, high = max(first - start, 0), min(first + count - start, len(part))
-            if low < high:
-                found.append(part.rows(low, high - low))
+        found, number = [], bisect_right(self._starts, first) - 1
+        while number < len(self._parts) and self._starts[number] < first + count:
+            part, start = self._parts[number], self._starts[number]
+            low = max(first - start, 0)
+            found.append(part.rows(low, min(first + count - start, len(part)) - low))
+            number += 1
         return torch.cat(found)
 
 
