@@ -116,6 +116,7 @@ export class View {
       node.dataset.factor = factor ?? "";
       node.setAttribute("aria-pressed", seed === selected.seed && factor === selected.factor);
       node.lastChild.textContent = factor === null ? (seeds.length > 1 ? `seed ${seed}` : "unedited") : nameOf(factor);
+      node.setAttribute("aria-label", `Seed ${seed}, ${factor === null ? "unedited" : nameOf(factor)}`);
       image.hidden = file === null;
       if (file !== null && !image.src.endsWith(file)) image.src = urlOf(file);
     });

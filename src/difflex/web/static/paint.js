@@ -17,7 +17,9 @@ let settings, history, mask, cards, view;
 let selected = null; // the id of an edit
 let cell = { row: 0, factor: 1 }; // which image of the grid is shown
 let shown = [null, null];
-let running = null;
+let running = null; // the generation that goes on
+let notice = ""; // what else to say when images were generated
+let isDamaged = false; // what the address holds
 let timer = 0;
 
 function say(sentence, isProblem = false) {
@@ -25,10 +27,14 @@ function say(sentence, isProblem = false) {
   $("status").classList.toggle("wrong", isProblem);
 }
 
+const note = (sentence) => ($("tools-note").textContent = sentence);
+
 // Changes.
 
 function commit(changes, kind = null) {
   history.add(Object.freeze({ ...history.state, ...changes }), kind);
+  notice = "";
+  note("");
   render();
   schedule();
 }
@@ -152,7 +158,7 @@ function renderImages() {
   $("unedited").classList.toggle("stale", isStale[0]);
   $("edited").classList.toggle("stale", isStale[1]);
   $("download-edit").disabled = active.length === 0;
-  $("download-image").disabled = (after ?? before) === null;
+  $("download-image").disabled = (active.length ? after : before) === null;
   const signed = (value) => `${Number(value.toPrecision(3))}`.replace("-", "−");
   const nameOf = (value) => (active.length === 1 && active[0].operation !== "ablate" ? signed(value * active[0].strength) : value === 1 ? "edited" : `× ${signed(value)}`);
   view.showGrid({ seeds: seedsOf(state), factors: active.length ? factorsOf(state) : [], selected: { seed, factor: active.length ? factor : null }, nameOf, fileOf });
@@ -244,9 +250,9 @@ async function generate() {
 function finish(time, first, made) {
   const seconds = `${(time / 1000).toFixed(1)} s`, images = made === 1 ? "One image" : `${made} images`;
   $("progress").value = 0;
-  if (first <= SLOW || !$("auto").checked) return say(`${images} in ${seconds}.`);
+  if (first <= SLOW || !$("auto").checked) return say(`${images} in ${seconds}.${notice}`);
   setAuto(false);
-  say(`${images} took ${seconds}. From now on images are generated when you press Generate.`);
+  say(`${images} took ${seconds}. From now on images are generated when you press Generate.${notice}`);
 }
 
 function setAuto(isOn) {
@@ -300,7 +306,7 @@ async function openFile(file) {
     }
     commit(stateOfRecord(record, settings));
     const [height, width] = record.shot.pixels ?? [], [rows, columns] = settings.pixels ?? [height, width];
-    if (height !== rows || width !== columns) say(`It was made at ${height} x ${width} pixels; here images have ${rows} x ${columns}.`, true);
+    if (height !== rows || width !== columns) notice = ` The edit was made at ${height} x ${width} pixels; here images have ${rows} x ${columns}.`;
   } catch (error) {
     say(error.message, true);
   }
@@ -336,7 +342,7 @@ async function useMap() {
     }
     const most = Math.max(...map.levels);
     changeEdit(edit.id, { mask: maskOf(map.levels.map((level) => Math.round((255 * level) / most)), ...map.grid) });
-    say(`This is where it fires ${where}. Drag it to another place with Move.`);
+    note(`This is where it fires ${where}. Move drags it to another place.`);
   } catch (error) {
     say(error.message, true);
   }
@@ -370,7 +376,8 @@ async function startState() {
     try {
       return await unpacked(text);
     } catch {
-      say("The link is damaged, so the page begins empty.", true);
+      isDamaged = true;
+      say("The link is damaged, so the page begins without its edits.", true);
     }
   }
   const number = (name, other) => (/^\d{1,15}$/.test(query.get(name) ?? "") ? Number(query.get(name)) : other);
@@ -431,7 +438,7 @@ async function start() {
   settings = await getJson("/api/paint");
   history = new History(await startState());
   $("auto").checked = localStorage.getItem(`difflex-auto ${settings.model}`) !== "false";
-  mask = new MaskCanvas($("mask"), (painted) => changeEdit(selected, { mask: painted }), say);
+  mask = new MaskCanvas($("mask"), (painted) => changeEdit(selected, { mask: painted }), note);
   cards = new Cards($("cards"), changeEdit, act);
   view = new View(forget, (seed, factor) => ((cell = { row: seed - history.state.seed, factor }), renderImages()));
   finder($("find"), $("found"), settings, choose);
@@ -439,7 +446,7 @@ async function start() {
   const isNew = !location.hash && !location.search;
   await paintWithQuery();
   render();
-  if (!isNew) schedule();
+  if (!isNew && !isDamaged) schedule();
   await offer();
 }
 
