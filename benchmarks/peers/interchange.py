@@ -124,6 +124,15 @@ def write_saelens(root: Path) -> None:
         sae.save_inference_model(folder)
         keep(folder, of_saelens(folder), format="saelens")
 
+    folder = root / "saelens-5-topk"
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = load_file(root / "saelens-topk" / "sae_weights.safetensors")
+    save_file(weights, folder / "sae_weights.safetensors")
+    names = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "hook_name": "blocks.0.hook_resid_post"}
+    sizes = {"d_in": WIDTH, "d_sae": SIZE, "dtype": "float32", "device": "cpu", "normalize_activations": False}
+    (folder / "cfg.json").write_text(json.dumps({"architecture": "standard", **names, **sizes}))
+    keep(folder, of_saelens(folder), format="saelens")
+
 
 def of_sparsify(folder: Path) -> Computes:
     coder = sparsify.SparseCoder.load_from_disk(folder)

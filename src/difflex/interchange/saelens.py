@@ -29,8 +29,8 @@ from difflex.interchange.writing import unit_atoms, write_config, write_safetens
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 OLDEST = "6.0.0"
 """The version to name in files: without one, or with an older one, SAELens expects an older layout."""
-NORMALISED_IN_WEIGHTS = ("none", "expected_average_only_in", "covariance_whitening")
-"""The normalisations that SAELens has folded into the weights when it saves them."""
+NORMALISED_IN_WEIGHTS = ("none", "expected_average_only_in", "covariance_whitening", None, False, True)
+"""The normalisations that SAELens has folded into the weights when it saves them; the last three before version 6."""
 KINDS: dict[str, SAEKind] = {
     "topk": "topk",
     "batchtopk": "batchtopk",
