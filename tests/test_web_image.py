@@ -21,6 +21,7 @@ from difflex.features import Book
 from difflex.records import Shot
 from difflex.study import DictionaryRef, Study
 from difflex.web import Studio
+from difflex.web.catalogue import Catalogue
 from difflex.web.firing import Firing, KeptReadings, Reading
 from difflex.web.studio import PaintChoices, ReadImage, Report, TokenFeatures
 
@@ -247,6 +248,15 @@ def test_without_a_model_only_books_are_shown(tmp_path: Path):
         assert site.get("/image").status == 404 and post(site, "/api/read", {"client": "test-client"}).status == 404
     finally:
         site.close()
+
+
+def test_an_answer_about_a_token_has_the_features_of_the_largest_shares(tmp_path: Path):
+    study = new_study(tmp_path / "study")  # noqa: F811
+    ref = write_dictionary(study, "double.1/topk-200-k4")
+    write_book(study, str(ref), features=200)
+    tokens, numbers = np.zeros(200, np.int32), np.arange(200, dtype=np.int32)
+    answer = Firing((2, 2), tokens, numbers, np.full(200, 2.0, np.float32)).at(Catalogue(study), ref, 0)
+    assert answer.total == 200 and [entry.tile.feature for entry in answer.features] == [*range(64)]
 
 
 def test_readings_are_kept_up_to_a_number_of_bytes(known: tuple[Site, KnownModel]):

@@ -149,7 +149,7 @@ def test_an_image_of_a_book_is_shown_at_once_and_read_on_demand(opened: Open):
         page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 4)
         assert page.locator("#value").text_content() == "2.00 at row 0, column 0"
     opened.touch(0.75, 0.75)
-    page.wait_for_selector("text=No feature is known to fire here.")
+    page.wait_for_selector("text=known to fire here: none.")
     page.locator("#whole").click()
     page.locator("#read").click()
     page.wait_for_selector('#features li[data-feature="2"]')

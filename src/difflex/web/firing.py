@@ -22,6 +22,8 @@ KEPT_BYTES = 128 * 2**20
 """Of the readings in memory."""
 FEATURES = 24
 """Features of an answer with maps."""
+AT_TOKEN = 64
+"""Features of an answer about a token."""
 MOST_BYTES = 150_000
 """Of the maps of an answer."""
 FEW_SHOTS = 10
@@ -106,12 +108,12 @@ class Firing(NamedTuple):
         return self._answer(catalogue, ref, chosen, int(np.count_nonzero(rank)))
 
     def at(self, catalogue: Catalogue, ref: DictionaryRef, token: int) -> FiringAnswer:
-        """Return the features that fire at a token, the largest share of their peaks first, without maps."""
+        """Return features that fire at a token, those of the largest shares of their peaks, without maps."""
         here = self.tokens == token
         part = Firing(self.grid, self.tokens[here], self.features[here], self.values[here])
         share = part.values / _scale(catalogue.columns(ref)["peak"][part.features])
         chosen = part.features[np.argsort(-share, kind="stable")].tolist()
-        answer = part._answer(catalogue, ref, chosen, len(chosen))
+        answer = part._answer(catalogue, ref, chosen[:AT_TOKEN], len(chosen))
         return answer.model_copy(update={"features": [entry.model_copy(update={"levels": ""}) for entry in answer.features]})
 
     def _ranks(self, figures: Mapping[str, np.ndarray], order: FeatureOrder) -> np.ndarray:

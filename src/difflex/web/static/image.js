@@ -158,8 +158,8 @@ async function askHere() {
   const where = `row ${ofRow}, column ${column}`;
   byId("where").textContent = `At ${where}`;
   byId("whole").hidden = false;
-  const known = reading ? "fire" : "are known to fire";
-  byId("count").textContent = answer.total ? `${answer.total} features ${known} here, the largest share of their peaks first.` : `No feature ${reading ? "fires" : "is known to fire"} here.`;
+  const shown = answer.total > answer.features.length ? ` These ${answer.features.length} have the largest shares of their peaks.` : "";
+  byId("count").textContent = `Features that ${reading ? "" : "are known to "}fire here: ${answer.total || "none"}.${shown}`;
   const [ofSite, ofLabel] = placeOf(dictionary());
   list.className = "placed here";
   list.replaceChildren(
