@@ -5,6 +5,7 @@ Readers send the next request as soon as they have an answer. With `--study FOLD
 
 import argparse
 import json
+import os
 import random
 import re
 import shutil
@@ -260,16 +261,19 @@ def kinds_of_requests(images: Sequence[str]) -> dict[str, Callable[[random.Rando
     }
 
 
-def measure_requests(port: int, images: Sequence[str]) -> Iterator[Result]:
+def measure_requests(port: int, process: int, images: Sequence[str]) -> Iterator[Result]:
     """Measure each kind of request at 20 readers: the median of three rounds' p95."""
     for name, address in kinds_of_requests(images).items():
-        dice, rounds = random.Random(name), list[list[Reply]]()
+        dice, rounds, start = random.Random(name), list[list[Reply]](), processor_time(process)
         for _ in range(ROUNDS):
             rounds.append(replies(port, [address(dice) for _ in range(REQUESTS)]))
         every = [reply for round in rounds for reply in round]
+        busy = (processor_time(process) - start) / len(every)
         p95 = sorted(np.quantile([reply.seconds for reply in round], 0.95) for round in rounds)[ROUNDS // 2]
         largest, failed = max(reply.size for reply in every), sum(reply.status != 200 for reply in every)
-        value = f"p95 {1000 * p95:.0f} ms, at most {largest / 1000:.0f} kB" + (f", {failed} FAILED" if failed else "")
+        value = f"p95 {1000 * p95:.0f} ms, at most {largest / 1000:.0f} kB, {1000 * busy:.1f} ms of a core each" + (
+            f", {failed} FAILED" if failed else ""
+        )
         passed = bool(p95 < P95 and largest <= LARGEST and not failed)
         yield Result(name, value, f"{1000 * P95:.0f} ms, {LARGEST // 1000} kB", passed)
 
@@ -287,6 +291,12 @@ def memory(process: int) -> float:
     """Return the bytes of memory that a process holds."""
     [kilobytes] = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     return 1024.0 * int(kilobytes)
+
+
+def processor_time(process: int) -> float:
+    """Return the seconds that a process has had of the cores."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure_paint(port: int) -> Result:
@@ -320,7 +330,7 @@ def measure(folder: Path, empty: Path) -> Iterator[Result]:
         start = time.perf_counter()
         Reader(port).get(WALL)
         first = time.perf_counter() - start
-        yield from measure_requests(port, sorted(path.name for path in (folder / "images").iterdir()))
+        yield from measure_requests(port, process, sorted(path.name for path in (folder / "images").iterdir()))
         yield measure_search(port)
         more = memory(process) - without
         yield Result("memory", f"{more / 1e6:.0f} MB more than with an empty study", f"{MEMORY / 1e6:.0f} MB", more < MEMORY)
