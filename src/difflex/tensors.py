@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,12 +53,13 @@ def write_tensors(
     order = sorted(tensors, key=lambda name: (-DTYPES.index(tensors[name].dtype), name))
     head = _head(text, {name: tensors[name] for name in order})
     checksum = hashlib.sha256(head)
-    with replacing(path, keep=keep) as temporary, temporary.open("wb") as file:
+    with replacing(path, keep=keep) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
         file.write(head)
         for name in order:
             for part in _parts(tensors[name].detach()):
-                checksum.update(part)
+                summed = hasher.submit(checksum.update, part)
                 file.write(part)
+                summed.result()
         file.seek(0)
         file.write(head.replace(UNKNOWN.encode(), checksum.hexdigest().encode(), 1))
     return path
