@@ -143,12 +143,16 @@ def test_what_cannot_be_activations_is_refused(tmp_path: Path):
             BadInput,
             "not images of 2",
         ),
+        ("huge.npy", np.full((30, 8), 3e38, dtype=np.float32), GIVEN, NonFinite, "the square of their norm is infinite"),
         ("nan.npy", np.full((30, 8), np.nan, dtype=np.float32), GIVEN, NonFinite, "not finite"),
     ]
     for name, array, options, error, message in cases:
         np.save(tmp_path / name, array, allow_pickle=True)  # pyright: ignore[reportArgumentType]
         with pytest.raises(error, match=message):
             imported(tmp_path / name, tmp_path / f"{name}-store", options)
+    (tmp_path / "open.npy").write_bytes((tmp_path / "good.npy").read_bytes().replace(b"}", b" "))
+    with pytest.raises(BrokenFile, match="cannot be read"):
+        imported(tmp_path / "open.npy", tmp_path / "store", GIVEN)
     (tmp_path / "bad.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
     with pytest.raises(BrokenFile, match="cannot be read"):
         imported(tmp_path / "bad.safetensors", tmp_path / "store", GIVEN)

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, final
 
 import numpy as np
@@ -167,7 +168,7 @@ def open_rows(paths: Sequence[Path], key: str | None) -> RowReader:
                 readers.append(READERS[path.suffix](path, key))
         except FileNotFoundError as error:
             raise BrokenFile(f"{path} is missing. {ADVICE}") from error
-        except (SafetensorError, ValueError, TypeError, KeyError, EOFError) as error:
+        except (SafetensorError, ValueError, TypeError, KeyError, EOFError, SyntaxError, TokenError) as error:
             if isinstance(error, (BadInput, UnknownName)):
                 raise
             raise BrokenFile(f"{path} cannot be read ({str(error)[:200]}): it is damaged, or of another format.") from error

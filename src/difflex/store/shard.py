@@ -227,8 +227,15 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def non_finite(rows: Float[Tensor, "shot token width"], shots: Sequence[Shot], site: Site) -> NonFinite:
-    """Return the error about the first of some shots whose rows hold NaN or infinity."""
-    shot = shots[int((~torch.isfinite(rows)).flatten(1).any(1).nonzero()[0])]
+    """Return the error about the first of some shots whose rows hold NaN or infinity, or are so large that their norm does."""
+    finite = torch.isfinite(rows).flatten(1).all(1)
+    if bool(finite.all()):
+        shot = shots[int(rows.float().flatten(1).abs().amax(1).argmax())]
+        return NonFinite(
+            f"The activations of {shot.image or shot.prompt!r} (seed {shot.seed}) at the site '{site}' reach "
+            f"{float(rows.float().abs().max()):.3g}: the square of their norm is infinite. They are damaged, or of another type."
+        )
+    shot = shots[int((~finite).nonzero()[0])]
     return NonFinite(
         f"The activations of {shot.image or shot.prompt!r} (seed {shot.seed}) at the site '{site}' are not finite as stored. "
         "The largest number of fp16 is 65504: store bf16 instead."
