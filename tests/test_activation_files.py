@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -66,6 +67,9 @@ def test_other_tools_read_what_is_exported(tmp_path: Path):
     table = pyarrow.parquet.read_table(tmp_path / "pq" / "activations-00000.parquet")
     assert table["prompt"][8].as_py() == shots[1].prompt and table["timestep"][8].as_py() == shots[1].timestep
     assert table["values"][8].as_py() == values[8].tolist()
+    files = str(tmp_path / "pq" / "*.parquet")
+    rows_read = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]
+    assert len(rows_read) == len(values) and rows_read[8]["values"] == values[8].tolist()
 
 
 def test_int8_is_exported_as_training_reads_it(tmp_path: Path):
