@@ -13,8 +13,8 @@ from difflex.effects.drawn_world import CAPTION_GROUPS
 from difflex.effects.inputs import Provenance, check_images
 from difflex.effects.judging import StrengthCurve, StrengthPoint
 from difflex.errors import BadInput
+from difflex.json_records import JsonRecord
 from difflex.miniature.world import CONCEPTS
-from difflex.records import JsonRecord
 from difflex.values import check_fields
 
 KEPT = 0.8

@@ -31,9 +31,10 @@ from difflex.effects.removal_features import (
 )
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import folder_lock, write_file
+from difflex.json_records import JsonRecord
 from difflex.miniature import load_judge
 from difflex.miniature.world import CONCEPTS
-from difflex.records import JsonRecord, Site
+from difflex.records import Site
 from difflex.steering import SteeringHook, StudyEditor, check_origin
 from difflex.study import DictionaryRef, Study
 from difflex.tables import text_table

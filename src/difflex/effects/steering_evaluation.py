@@ -28,8 +28,9 @@ from difflex.effects.inputs import (
 from difflex.effects.judging import Images, SteeringMethod, SteeringTask, SteeringTrial, StrengthCurve, judge_methods
 from difflex.errors import BadInput, UnknownName
 from difflex.files import file_sha256, folder_lock, write_file
+from difflex.json_records import JsonRecord
 from difflex.miniature.world import CONCEPTS
-from difflex.records import Edit, JsonRecord
+from difflex.records import Edit
 from difflex.steering import SteeringHook, StudyEditor, random_features
 from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study

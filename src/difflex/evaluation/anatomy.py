@@ -17,7 +17,8 @@ from torch import Tensor
 from difflex.errors import BadInput, BrokenFile, NonFinite
 from difflex.files import folder_lock
 from difflex.images import write_image
-from difflex.records import Activations, JsonRecord, Site, Stream
+from difflex.json_records import JsonRecord
+from difflex.records import Activations, Site, Stream
 from difflex.study import Study
 
 __all__ = [

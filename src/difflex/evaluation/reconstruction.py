@@ -18,8 +18,9 @@ from difflex.dictionaries import Dictionary, NormalisedDictionary, fingerprint
 from difflex.dictionaries.sparse import sparse_matmul
 from difflex.errors import BadInput, NonFinite
 from difflex.evaluation.effect import ModelEffect
+from difflex.json_records import JsonRecord
 from difflex.progress import ProgressBar
-from difflex.records import ActivationBatch, Codes, JsonRecord, Shot
+from difflex.records import ActivationBatch, Codes, Shot
 from difflex.store import require_split
 
 TOKENS = 1_000_000

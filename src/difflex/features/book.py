@@ -30,7 +30,8 @@ from difflex.features.entries import (
 from difflex.features.explanations import Explanation, ExplanationScore, Judgement, RecordedUsage
 from difflex.features.tables import ADVICE, BookInfo, connect, read_info, seal_row, verify
 from difflex.files import parsing
-from difflex.records import Shot, Split, _from_json
+from difflex.json_records import from_json
+from difflex.records import Shot, Split
 from difflex.sqlite import sqlite_errors, transaction
 
 SORT_COLUMNS = tuple(field.name for field in fields(FeatureStats) if field.name not in ("histogram", "activity"))
@@ -365,7 +366,7 @@ def select_features(
 @lru_cache(4096)
 def _shot(text: str) -> Shot:
     """Return the shot written as JSON in `text`; kept, since the same images are those of many features."""
-    return _from_json(Shot, json.loads(text), "a shot")
+    return from_json(Shot, json.loads(text), "a shot")
 
 
 def _shot_row(row: sqlite3.Row) -> ShotRow:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from difflex.errors import BadInput, BrokenFile, DifflexError, StaleWork, UnknownName
 from difflex.files import disk_errors
-from difflex.records import _from_json
+from difflex.json_records import from_json
 from difflex.sqlite import sqlite_errors
 
 FORMAT = 4
@@ -183,7 +183,7 @@ def read_info(path: Path, connection: sqlite3.Connection) -> BookInfo:
         raise BrokenFile(f"{path} does not match its checksum: it is damaged, or was changed by another program. {ADVICE}")
     del entries["content"]
     try:
-        return _from_json(BookInfo, entries, "the table about")
+        return from_json(BookInfo, entries, "the table about")
     except (DifflexError, RecursionError) as error:
         raise BrokenFile(f"{path} cannot be read as a book: {error} {ADVICE}") from error
 

@@ -14,7 +14,8 @@ from difflex.devices import find_device
 from difflex.dictionaries import Dictionary, DictionaryOrigin, fingerprint
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import file_sha256
-from difflex.records import Edit, JsonRecord, Shot, Site, TransplantSource, check_contrast_name
+from difflex.json_records import JsonRecord
+from difflex.records import Edit, Shot, Site, TransplantSource, check_contrast_name
 from difflex.steering.contrast import Contrast, contrast_features
 from difflex.steering.features import EditFeatures, FeatureScales, check_origin, dictionary_features, measure_scales
 from difflex.steering.hooks import SteeringHook, TransplantMaps, steering_hooks

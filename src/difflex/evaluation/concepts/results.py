@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 from difflex.errors import BadInput
-from difflex.records import JsonRecord, Site
+from difflex.json_records import JsonRecord
+from difflex.records import Site
 from difflex.tables import text_table
 from difflex.values import check_fields, shown
 
