@@ -172,7 +172,7 @@ def plain(pipe: Pipeline) -> Iterator[Tensor]:
 
 def served(pipe: Pipeline) -> Iterator[Tensor]:
     """Read an image and paint one, as for the browser."""
-    functions = PipelineFunctions(pipe.shots, pipe.generate, pipe.harvest_with_images, SITE)
+    functions = PipelineFunctions(pipe.shots, pipe.generate, pipe.harvest_with_images, pipe.at, SITE)
     with tempfile.TemporaryDirectory() as folder:
         study = Study.begin(Path(folder), pipe.name, pipe.revision)
         ref = DictionaryRef(SITE, "topk-24-k4")

@@ -43,6 +43,11 @@ def read(site: Site, **body: object) -> dict[str, object]:
     return reading
 
 
+def test_reading_reports_the_steps_while_it_generates(real: Site):  # noqa: F811 (the fixture)
+    found = events(real, "/api/read", {"client": "test-client", "prompt": "star 2", "seed": 5, "steps": 3})
+    assert [event["step"] for event in found if event["type"] == "step"][:3] == [1, 2, 3]
+
+
 def test_a_new_image_is_read_as_the_pipeline_and_the_dictionary_say(study: Study, real: Site):  # noqa: F811 (the fixtures)
     reading = read(real, prompt="star 1", seed=3, steps=2)
     [own] = reading["dictionaries"]  # pyright: ignore

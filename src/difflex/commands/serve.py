@@ -82,7 +82,7 @@ class ServeCommand(StudyImagesCommand):
             from difflex.web.model import PipelineFunctions, StudyModel
 
             pipe = load_study_model(study, self)
-            functions = PipelineFunctions(pipe.shots, pipe.generate, pipe.harvest_with_images, pipe.sites()[0].site)
+            functions = PipelineFunctions(pipe.shots, pipe.generate, pipe.harvest_with_images, pipe.at, pipe.sites()[0].site)
             return StudyModel(study, functions)
 
         def choices():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple, final
@@ -39,6 +39,8 @@ class PipelineFunctions(NamedTuple):
     """`Pipeline.generate`."""
     harvest: Callable[..., Iterator[tuple[Sequence[Image.Image], Sequence[Activations]]]]
     """`Pipeline.harvest_with_images`."""
+    at: Callable[..., AbstractContextManager[None]]
+    """`Pipeline.at`."""
     site: Site
     """Any site, at which steps are counted."""
 
@@ -74,10 +76,12 @@ class StudyModel(ImageModel):
         settings = {"steps": shot.steps, "pixels": shot.pixels, "guidance": shot.guidance}
         shots = list(self._pipeline.shots(shot.prompt, seeds=[shot.seed], **settings))
         images, fired = list[Image.Image](), list[TokenFeatures]()
-        for batch_images, activations in self._pipeline.harvest(shots, sites, batch=1):
+        with self._pipeline.at(*self._counter(report)):
+            batches = list(self._pipeline.harvest(shots, sites, batch=1))
+        for batch_images, activations in batches:
             images += batch_images
-            for number, part in enumerate(activations):
-                report(number + 1, len(activations))
+            for part in activations:
+                report(shot.steps, shot.steps)
                 fired += [self._encoded(ref, part, shots) for ref in refs if ref.site == part.site]
         return ReadImage(images[0], fired)
 
