@@ -410,6 +410,7 @@ function listen() {
   $("copy-link").addEventListener("click", copyLink);
   $("larger").addEventListener("click", () => {
     $("larger").setAttribute("aria-pressed", $("easel").classList.toggle("enlarged"));
+    $("unedited").scrollIntoView({ block: "nearest" });
     mask.draw();
   });
   $("tools").addEventListener("input", readTools);
