@@ -184,6 +184,7 @@ def test_a_mask_is_painted_with_a_finger_without_scrolling(
     wait(page)
     pick(page, "painted")
     page.get_by_role("button", name="Larger").click()
+    page.wait_for_timeout(100)  # it is scrolled into view
     box, before = page.locator("#mask").bounding_box(), page.evaluate("scrollY")
     assert box is not None
     touch = page.context.new_cdp_session(page)
