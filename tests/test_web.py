@@ -18,6 +18,7 @@ import uvicorn
 from sample_study import new_study, write_book, write_dictionary, write_matches
 
 from difflex.cli import main
+from difflex.commands.serve import _listen
 from difflex.errors import BadInput
 from difflex.study import Study
 from difflex.web import Studio, make_app
@@ -119,6 +120,12 @@ def test_a_page_shows_what_its_json_twin_says(site: Site):
     assert "detects red, AP 0.90" in site.get("/search?q=red").text
     assert site.get("/").headers["location"] == WALL
     assert {"/api/search", "/api/dictionaries"} <= site.json("/api")["paths"].keys()  # pyright: ignore
+
+
+def test_connections_of_the_server_do_not_wait_for_acknowledgements():
+    listening = _listen("127.0.0.1", 0)
+    with listening, socket.create_connection(listening.getsockname()), listening.accept()[0] as connection:
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_pages_are_served_before_torch_is_imported():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
@@ -25,6 +29,7 @@ from difflex.web.studio import QueueFull, Studio
 
 __all__ = ["make_app"]
 
+THREADS = 4
 REFUSALS: dict[int | str, str] = {
     404: "It does not exist",
     409: "The study is damaged or incomplete",
@@ -50,6 +55,7 @@ def make_app(
         openapi_url="/api",
         docs_url=None,
         redoc_url=None,
+        lifespan=_few_threads,
         responses={code: {"model": ProblemAnswer, "description": text} for code, text in REFUSALS.items()},
     )
     app.mount("/static", StaticFiles(directory=HERE / "static"))
@@ -64,6 +70,13 @@ def make_app(
         add_painting(app, catalogue, studio)
     _add_refusals(app, pages)
     return Guard(app, hosts=hosts, token=token)
+
+
+@asynccontextmanager
+async def _few_threads(app: FastAPI) -> AsyncIterator[None]:
+    """Answer with few threads: many that compute wait for each other more than they work."""
+    to_thread.current_default_thread_limiter().total_tokens = THREADS
+    yield
 
 
 def _add_refusals(app: FastAPI, pages: Pages) -> None:
