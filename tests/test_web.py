@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import NamedTuple
@@ -120,6 +120,16 @@ def test_a_page_shows_what_its_json_twin_says(site: Site):
     assert "detects red, AP 0.90" in site.get("/search?q=red").text
     assert site.get("/").headers["location"] == WALL
     assert {"/api/search", "/api/dictionaries"} <= site.json("/api")["paths"].keys()  # pyright: ignore
+
+
+def test_a_dictionary_without_a_book_is_not_searched(tmp_path: Path):
+    study = book_study(tmp_path / "study")
+    other = "double.2/topk-12-k4"
+    write_dictionary(study, other)
+    write_matches(study, other, (0.99, 0.9, 0.8, 0.7))
+    with closing(Site(study)) as site:
+        found = site.json("/api/search?q=red")
+    assert {(hit["site"], hit["label"]) for hit in found} == {tuple(SAE.split("/"))}  # pyright: ignore
 
 
 def test_connections_of_the_server_do_not_wait_for_acknowledgements():

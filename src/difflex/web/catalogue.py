@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -251,9 +252,10 @@ class Catalogue:
             return next(entry for entry in shown_explanations(book, number, path) if ballot.is_on(entry))
 
     def search(self, words: str, limit: int = 24) -> list[FoundAnswer]:
-        """Return the features of all dictionaries that fit `words`, best first."""
+        """Return the features of all dictionaries with a book that fit `words`, best first."""
         answers = []
-        for found in search(self.study, words, limit=limit):
+        shown = (found for found in search(self.study, words, limit=FOUND) if self.study.book(*found.place).is_file())
+        for found in islice(shown, limit):
             with self.book(found.place) as book:
                 table = self._table(found.place)
                 [tile] = self._tiles(table, book, [found.feature])
