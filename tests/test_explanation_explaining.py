@@ -230,7 +230,7 @@ def test_an_unsuitable_feature_fails_without_a_call(tmp_path: Path, connect: End
         assert book.explanations(0)[0].state == "failed"
 
 
-@pytest.mark.parametrize("features", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("features", [16, pytest.param(1000, marks=pytest.mark.slow)])
 def test_all_features_are_explained_correctly_despite_faults_of_every_kind(tmp_path: Path, answers: AnswerCache, features: int):
     book, album = plain_features(tmp_path, features)
     policy = RequestPolicy(first_wait=0.005, longest_wait=0.05, send_retries=10)

@@ -198,6 +198,7 @@ def test_the_full_study_has_neurons_and_an_untrained_control(tmp_path: Path, cap
     assert {status.state for status in command_statuses(planned("mini_full", tmp_path / "moved"))} == {"done"}
 
 
+@pytest.mark.slow
 def test_new_prompts_repeat_everything_and_a_new_dictionary_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study, prompts, messages = planned("mini", tmp_path / "study"), tmp_path / "prompts.txt", list[str]()
     run_study(study)
