@@ -14,13 +14,13 @@ from test_web import Reply, Site
 
 from difflex.cli import main
 from difflex.commands.serve import ServeCommand
-from difflex.errors import BadInput
+from difflex.errors import BadInput, UnknownName
 from difflex.features import Book
 from difflex.images import contact_sheet
 from difflex.records import Edit, RegionMap, Shot
 from difflex.study import DictionaryRef, Study
 from difflex.testing import tiny_folder
-from difflex.web import Studio
+from difflex.web import Client, Studio
 from difflex.web.studio import MOST_WAITING, Event, ImageModel, PaintChoices, QueueFull, ReadImage, Report, Shelf
 
 SITE, LABEL = "double.1", "topk-64-k4"
@@ -106,6 +106,17 @@ def test_no_edit_generates_the_unedited_images_once(study: Study, site: Site):
     first, second = (events(site, "/api/generate", body) for _ in range(2))
     assert [event["type"] for event in second if event["type"] not in ("waiting",)] == ["image", "done"]
     assert first[-2] == second[-2] and any(event["type"] == "step" for event in first)
+
+
+def test_the_client_generates_the_images_that_the_page_shows(study: Study, site: Site):
+    body = request(study)
+    shown = [image(site, event) for event in events(site, "/api/generate", body) if event["type"] == "image"]
+    client = Client(f"http://127.0.0.1:{site.port}/")
+    found = list(client.generate("star 1", edits=body["edits"]))  # pyright: ignore
+    assert [(each.seed, each.factor) for each in found] == [(0, None), (0, 1.0)]
+    assert all((np.asarray(each.image) == pixels).all() for each, pixels in zip(found, shown, strict=True))
+    with pytest.raises(UnknownName, match="nothing"):
+        next(client.generate("star 1", edits=[EDIT | {"dictionary": "nothing"}]))
 
 
 def test_a_contrast_paints_too(study: Study, site: Site):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
-from http.client import HTTPException
-from typing import Any, TypeVar, final
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
+from typing import Any, NamedTuple, TypeVar, final
 from urllib.error import HTTPError, URLError
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
@@ -21,8 +23,18 @@ from difflex.web.guard import COOKIE
 PART = 120
 """Tiles of one answer."""
 ERRORS: dict[int, type[DifflexError]] = {404: UnknownName, 409: StaleWork, 422: BadInput}
-TIMEOUT = 60.0
+TIMEOUT, PATIENCE = 60.0, 3600.0
+"""Seconds without an answer; and without a step of an image, while others have their turn or the model is loaded."""
 T = TypeVar("T")
+
+
+class PaintedImage(NamedTuple):
+    """A generated image."""
+
+    seed: int
+    factor: float | None
+    """By which the strengths of the edits were multiplied; None for the unedited image."""
+    image: Image.Image
 
 
 @final
@@ -39,6 +51,7 @@ class Client:
         self._root = f"{parts.scheme}://{parts.netloc}"
         token = token or next(iter(parse_qs(parts.query).get("token", [])), None)
         self._headers = {"Accept": "application/json"} | ({"Cookie": f"{COOKIE}={quote(token)}"} if token else {})
+        self._name = secrets.token_hex(8)
         self._opener = build_opener(ProxyHandler({}))  # a proxy would not find the address of this machine
 
     def dictionaries(self) -> list[DictionaryAnswer]:
@@ -78,11 +91,29 @@ class Client:
 
     def image(self, file: str) -> Image.Image:
         """Return an image that an answer names."""
-        content = self._read(f"/images/{quote(file, safe='')}")
-        try:
-            return Image.open(io.BytesIO(content)).convert("RGB")
-        except OSError as error:
-            raise BrokenFile(f"The image {file} came damaged: {error}. Ask again.") from error
+        return self._image(f"/images/{quote(file, safe='')}")
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        seeds: Sequence[int] = (0,),
+        edits: Sequence[Mapping[str, object]] = (),
+        factors: Sequence[float] = (1.0,),
+        steps: int | None = None,
+    ) -> Iterator[PaintedImage]:
+        """Yield images as they come: that of each seed without the edits, then under them at each factor of their strengths.
+
+        An edit is what /api describes as `EditRequest`: `{"site": ..., "dictionary": ..., "features": [12], "strength": 2.0}`.
+        """
+        body = {"client": self._name, "prompt": prompt, "seeds": seeds, "edits": edits, "factors": factors, "steps": steps}
+        with self._open("/api/generate", json.dumps(body).encode()) as answer:
+            for line in answer:
+                event = json.loads(line)
+                if event["type"] in ("error", "cancelled"):
+                    raise DifflexError(event.get("error", "The images were cancelled by a newer request of this client."))
+                if event["type"] == "image":
+                    yield PaintedImage(event["seed"], event["factor"], self._image(f"/generated/{event['image']}"))
 
     def _ask(self, kind: type[T], path: str, **query: object) -> T:
         """Return an answer of the server as `kind`."""
@@ -94,10 +125,24 @@ class Client:
                 f"{self._root}{path} does not answer as this version does: {error}. Use the same version."
             ) from error
 
-    def _read(self, target: str) -> bytes:
+    def _image(self, target: str) -> Image.Image:
         try:
-            with self._opener.open(Request(self._root + target, headers=self._headers), timeout=TIMEOUT) as answer:
-                return answer.read()
+            return Image.open(io.BytesIO(self._read(target))).convert("RGB")
+        except OSError as error:
+            raise BrokenFile(f"The image {target} came damaged: {error}. Ask again.") from error
+
+    def _read(self, target: str) -> bytes:
+        with self._open(target) as answer:
+            return answer.read()
+
+    @contextmanager
+    def _open(self, target: str, body: bytes | None = None) -> Iterator[HTTPResponse]:
+        """Send a request, with a body as JSON, and open the answer; what the server refuses is raised with its sentence."""
+        headers = self._headers | ({"Content-Type": "application/json"} if body is not None else {})
+        timeout = TIMEOUT if body is None else PATIENCE
+        try:
+            with self._opener.open(Request(self._root + target, body, headers), timeout=timeout) as answer:
+                yield answer
         except HTTPError as error:
             with error:
                 raise ERRORS.get(error.code, DifflexError)(_sentence(error.read())) from None
