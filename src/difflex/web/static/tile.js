@@ -11,7 +11,7 @@ export function tile(entry, grid, place, note) {
   const facts = [entry.feature];
   if (entry.ap !== null) facts.push(`AP ${entry.ap.toFixed(2)}`);
   if (entry.score !== null) facts.push(`accuracy ${entry.score.toFixed(2)}`);
-  facts.push(`${Number((100 * entry.density).toPrecision(3))} %`);
+  facts.push(`${Number((100 * entry.density).toPrecision(2))}\u00a0%`);
   const picture = element("span", { class: "picture" });
   if (entry.image) picture.append(element("img", { src: new URL(`../images/${entry.image}`, import.meta.url), alt: "", width: 128, height: 128 }));
   if (entry.image && grid)
