@@ -118,6 +118,7 @@ def test_seeds_that_cannot_be_added_are_refused_with_what_can(
     assert message in capsys.readouterr().err and contents(tmp_path / "study") == before
 
 
+@pytest.mark.slow
 def test_torchrun_shares_the_shots_and_yields_the_same_rows(model: Path, prompts: Path, tmp_path: Path):
     assert harvest(model, prompts, tmp_path / "one") == 0
     flags = ["--prompts", str(prompts), "--out", str(tmp_path / "two"), "--pixels", "16x24", "--batch", "4", "--site", *SITES]

@@ -110,6 +110,7 @@ def test_a_sdxl_folder_is_studied(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     typed(f"{steer} --strength 1", capsys)
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_in_a_process_of_its_own(tmp_path: Path):
     [code, *_] = blocks(TEXTS["README.md"], "python")
     code = code.replace("100_000", "6_000").replace("size=2048", "size=128").replace("ring.png", str(tmp_path / "ring.png"))

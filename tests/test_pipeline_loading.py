@@ -278,6 +278,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_a_denoiser_sharded_over_two_processes_computes_the_same_bits(folder: Path, tmp_path: Path):
     (tmp_path / "sharded.py").write_text(SHARDED)
     command = [
