@@ -1,11 +1,10 @@
 """The web app in a real browser: browse, sort, search, look, with a mouse and on a phone."""
 
-import re
 from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, Page
-from real_browser import browser  # noqa: F401 (a fixture)
+from real_browser import browser, visit  # noqa: F401 (a fixture)
 from sample_study import new_study, write_book, write_dictionary, write_matches
 from test_web import Site
 
@@ -26,17 +25,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(params=[(1400, "light"), (390, "dark")], ids=["desk", "phone"])
 def page(request: pytest.FixtureRequest, browser: Browser, site: Site) -> Iterator[Page]:  # noqa: F811 (the fixture)
-    width, scheme = request.param
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, has_touch=width < 500)
-    page, problems = context.new_page(), list[str]()
-    # The readback that it warns of is that of these tests, and what is not found is what they ask for.
-    page.on("console", lambda message: problems.extend([message.text] * (not re.search("getImageData|Not Found", message.text))))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(f"http://127.0.0.1:{site.port}/")
-    yield page
-    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is cut off at the right"
-    context.close()
-    assert problems == []
+    # The readback that it warns of is that of these tests, and what is not found is what they request.
+    address = f"http://127.0.0.1:{site.port}/"
+    with visit(browser, address, *request.param, expected="getImageData|Not Found") as page:
+        yield page
 
 
 def numbers(page: Page) -> list[int]:

@@ -1,18 +1,14 @@
 """The page of an image in a real browser: maps, steps, places by mouse, touch and keyboard, and readings that were dropped."""
 
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
-from real_browser import browser  # noqa: F401 (a fixture)
+from real_browser import browser, visit  # noqa: F401 (a fixture)
 from test_web import Site
 from test_web_browser import ink
-from test_web_image import NEURONS, SAE, KnownModel, sample
-
-from difflex.web import Studio
-from difflex.web.studio import PaintChoices
+from test_web_image import NEURONS, SAE, KnownModel, known  # noqa: F401 (a fixture)
 
 NEW = "/image?prompt=a+star&seed=3"
 
@@ -36,28 +32,11 @@ class Open(NamedTuple):
         return self.page.locator("#features li").evaluate_all("all => all.map(item => Number(item.dataset.feature))")
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, KnownModel]]:
-    model = KnownModel()
-    studio = Studio(lambda: model, lambda: PaintChoices([], {}))
-    site = Site(sample(tmp_path_factory.mktemp("image") / "study"), studio=studio)
-    yield site, model
-    site.close()
-    studio.close()
-
-
 @pytest.fixture(params=[(1400, "light"), (390, "dark")], ids=["desk", "phone"])
-def opened(request: pytest.FixtureRequest, browser: Browser, served: tuple[Site, KnownModel]) -> Iterator[Open]:  # noqa: F811 (the fixture)
-    width, scheme = request.param
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, has_touch=width < 500)
-    page, problems = context.new_page(), list[str]()
-    page.set_default_timeout(10_000)
-    page.on("console", lambda message: problems.extend([message.text] * (not re.search("getImageData|Not Found", message.text))))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    yield Open(page, f"http://127.0.0.1:{served[0].port}", served[1], width < 500)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is cut off at the right"
-    context.close()
-    assert problems == []
+def opened(request: pytest.FixtureRequest, browser: Browser, known: tuple[Site, KnownModel]) -> Iterator[Open]:  # noqa: F811 (the fixture)
+    with visit(browser, "about:blank", *request.param, expected="getImageData|Not Found") as page:
+        page.set_default_timeout(10_000)
+        yield Open(page, f"http://127.0.0.1:{known[0].port}", known[1], request.param[0] < 500)
 
 
 def test_a_new_image_is_read_and_asked_about(opened: Open):

@@ -174,7 +174,7 @@ def _hub_errors(name: str, revision: str | None, offline: bool) -> Iterator[None
     try:
         yield
     except errors.GatedRepoError as error:
-        raise UnknownName(f"Access to {name} must be asked for on its page on the hub. {LOG_IN}.") from error
+        raise UnknownName(f"Access to {name} must be requested on its page on the hub. {LOG_IN}.") from error
     except errors.RevisionNotFoundError as error:
         raise UnknownName(f"The repository {name} has no revision {revision}. Name a branch, a tag or a commit of it.") from error
     except errors.LocalEntryNotFoundError as error:

@@ -137,7 +137,7 @@ def _read_index(path: Path) -> FileIndex:
 
 
 def _check_index(source: Path, index: FileIndex, options: ImportOptions, reader: RowReader) -> None:
-    """Compare the files of an export with its index, and the index with what was asked for."""
+    """Compare the files of an export with its index, and the index with the arguments."""
     for what, given, found in (("site", options.site, index.site), ("model", options.model, index.shots[0].model)):
         if given not in (None, found):
             raise BadInput(f"The activations in {source} are of the {what} {found}, not {given}. Leave --{what} out.")

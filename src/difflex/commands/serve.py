@@ -75,7 +75,7 @@ class ServeCommand(StudyImagesCommand):
         uvicorn.Server(config).run(sockets=[listening])
 
     def studio(self, study: Study) -> "Studio":
-        """Return a queue for the model of an opened study, which is loaded when somebody needs it."""
+        """Return a queue for the model of an opened study, which is loaded for the first request."""
         from difflex.web import Studio
 
         def load():

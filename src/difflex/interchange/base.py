@@ -62,6 +62,10 @@ class ForeignFormat(ABC):
     def read(self, source: ForeignSource) -> ForeignDictionary:
         """Read the files."""
 
+
+class WritableFormat(ForeignFormat):
+    """A file format of another tool that is written as well."""
+
     @abstractmethod
     def fit(self, dictionary: Dictionary, approximate: bool) -> FittedDictionary:
         """Return the dictionary as this format can hold it; raise with the reason if that changes it, unless `approximate`."""
@@ -158,7 +162,7 @@ def plain_sae(dictionary: Dictionary, format: ForeignFormat, approximate: bool, 
 
 
 def refuse_approximation(dictionary: Dictionary, left_out: list[str], approximate: bool) -> None:
-    """Raise an error that gives the reasons if something is `left_out`, unless an approximation was asked for."""
+    """Raise an error that gives the reasons if something is `left_out`, unless an approximation is allowed."""
     if left_out and not approximate:
         raise BadInput(
             f"{dictionary.name} cannot be written exactly: {' '.join(left_out)} --approximate writes it all the same, and "

@@ -14,7 +14,7 @@ from difflex.errors import BadInput
 from difflex.interchange.base import (
     FittedDictionary,
     ForeignDictionary,
-    ForeignFormat,
+    WritableFormat,
     encoder_bias,
     foreign_sae,
     gate_as_thresholds,
@@ -46,7 +46,7 @@ CLASS_BY_TENSOR = {
 
 
 @final
-class DictionaryLearningFormat(ForeignFormat):
+class DictionaryLearningFormat(WritableFormat):
     """The format of dictionary_learning 0.1."""
 
     name, tool = "dictionary-learning", "dictionary_learning"

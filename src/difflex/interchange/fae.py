@@ -5,14 +5,13 @@ Its checkpoints are trees of Orbax, which only Orbax reads; docs/interchange.md 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import final
 
 import torch
 
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
-from difflex.errors import BadInput, BrokenFile
-from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat
+from difflex.errors import BrokenFile
+from difflex.interchange.base import ForeignDictionary, ForeignFormat
 from difflex.interchange.source import ForeignSource
 
 WEIGHTS = "fae.safetensors"
@@ -59,9 +58,3 @@ class FaeFormat(ForeignFormat):
             return SAE(kind="topk", k=k, origin=origin, normalisation=normalisation, weights=weights, relu=False)
 
         return ForeignDictionary(make=make, k=None, model_class="SAE", config={})
-
-    def fit(self, dictionary: Dictionary, approximate: bool) -> FittedDictionary:
-        raise BadInput("Files of fae are checkpoints of its trainer: they are read, not written. Export to saelens instead.")
-
-    def write(self, dictionary: Dictionary, folder: Path) -> list[Path]:
-        raise NotImplementedError

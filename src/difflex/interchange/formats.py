@@ -13,7 +13,7 @@ import torch
 from difflex.dictionaries import Dictionary, DictionaryOrigin
 from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
 from difflex.files import Json, folder_lock
-from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat
+from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat, WritableFormat
 from difflex.interchange.dictionary_learning import DictionaryLearningFormat
 from difflex.interchange.fae import FaeFormat
 from difflex.interchange.itda import FluxITDAFormat, LeaskITDAFormat
@@ -142,6 +142,9 @@ def write_dictionary(dictionary: Dictionary, format: str, folder: Path | str, *,
     With `approximate` what cannot be expressed is left out.
     """
     chosen, folder = find_format(format), Path(folder)
+    if not isinstance(chosen, WritableFormat):
+        written = ", ".join(other.name for other in FORMATS if isinstance(other, WritableFormat))
+        raise BadInput(f"Files of {chosen.name} are read, not written. Export to one of: {written}.")
     fitted: FittedDictionary = chosen.fit(dictionary, approximate)
     with folder_lock(folder):
         if existing := sorted(path.name for path in folder.iterdir()):
@@ -174,7 +177,7 @@ def _in_float32(dictionary: Dictionary) -> Dictionary:
 def _choose_k(
     found: ForeignDictionary, files: ForeignSource, origin: DictionaryOrigin, k: int | None, activations: Batches | None
 ) -> int:
-    """Return the k of the files, the one that was asked for, or the average that fires on `activations`."""
+    """Return the k of the files, the one that is given, or the average that fires on `activations`."""
     if found.k is not None and k not in (None, found.k):
         raise BadInput(f"{files.path} says k {found.k}, not {k}. Leave --k out.")
     if (known := found.k or k) is not None:

@@ -18,7 +18,7 @@ from difflex.dictionaries import ITDA, Dictionary, DictionaryOrigin, Normalisati
 from difflex.dictionaries.itda import AtomProvenance
 from difflex.errors import BadInput, BrokenFile, NonFinite
 from difflex.files import Json, write_file
-from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat, refuse_approximation
+from difflex.interchange.base import FittedDictionary, ForeignDictionary, WritableFormat, refuse_approximation
 from difflex.interchange.source import ForeignConfig, ForeignSource
 from difflex.interchange.writing import ROUNDING, unit_atoms, write_config, write_pickle, write_safetensors
 
@@ -27,7 +27,7 @@ METADATA, ATOMS, INDICES = "metadata.yaml", "atoms.pt", "atom_indices.pt"
 
 
 @final
-class FluxITDAFormat(ForeignFormat):
+class FluxITDAFormat(WritableFormat):
     """The format of flux-saes-gpu: inputs divided by `std_x`, then less `mean_x`; gradient pursuit with weights cut at zero.
 
     Their code removes an atom whose weight is cut from the support; ours keeps it, as Blumensath and Davies do.
@@ -98,7 +98,7 @@ class FluxITDAFormat(ForeignFormat):
 
 
 @final
-class LeaskITDAFormat(ForeignFormat):
+class LeaskITDAFormat(WritableFormat):
     """The format of Leask et al.: no normalisation, signed matching pursuit; atoms know their sequence and token."""
 
     name, tool = "itda", "itda"
@@ -141,7 +141,7 @@ class LeaskITDAFormat(ForeignFormat):
 
 
 def _fit(
-    format: ForeignFormat, dictionary: Dictionary, pursuit: PursuitName, methods: tuple[str, ...], approximate: bool
+    format: WritableFormat, dictionary: Dictionary, pursuit: PursuitName, methods: tuple[str, ...], approximate: bool
 ) -> FittedDictionary:
     """Return an ITDA dictionary with the pursuit and one of the normalisations of a format."""
     if not isinstance(dictionary, ITDA):

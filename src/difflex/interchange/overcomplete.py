@@ -15,7 +15,7 @@ from difflex.errors import BadInput
 from difflex.interchange.base import (
     FittedDictionary,
     ForeignDictionary,
-    ForeignFormat,
+    WritableFormat,
     encoder_bias,
     foreign_sae,
     plain_sae,
@@ -31,7 +31,7 @@ SMALLEST = 1e-30
 
 
 @final
-class OvercompleteFormat(ForeignFormat):
+class OvercompleteFormat(WritableFormat):
     """The format of overcomplete 0.3: `TopKSAE` and `JumpSAE` with a linear encoder."""
 
     name, tool = "overcomplete", "overcomplete"

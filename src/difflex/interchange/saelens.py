@@ -15,7 +15,7 @@ from difflex.errors import BadInput
 from difflex.interchange.base import (
     FittedDictionary,
     ForeignDictionary,
-    ForeignFormat,
+    WritableFormat,
     encoder_bias,
     foreign_sae,
     gate_as_thresholds,
@@ -52,7 +52,7 @@ class _Parts(NamedTuple):
 
 
 @final
-class SAELensFormat(ForeignFormat):
+class SAELensFormat(WritableFormat):
     """The format of SAELens 6, and configurations of older versions."""
 
     name, tool = "saelens", "SAELens"
@@ -166,7 +166,7 @@ def _architecture(config: ForeignConfig) -> str:
 
 
 def _check_config(config: ForeignConfig) -> None:
-    """Raise an error for what is computed from each token anew, which no weights can express."""
+    """Raise an error for a normalisation by each token itself, which no weights can express."""
     if (method := config.get("normalize_activations", "none")) not in NORMALISED_IN_WEIGHTS:
         raise BadInput(
             f"{config.path}: normalize_activations is {str(method)[:60]}, which depends on each token and cannot be read."

@@ -8,7 +8,7 @@ from typing import final
 import torch
 
 from difflex.dictionaries import SAE, Dictionary
-from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat, encoder_bias, foreign_sae, plain_sae
+from difflex.interchange.base import FittedDictionary, ForeignDictionary, WritableFormat, encoder_bias, foreign_sae, plain_sae
 from difflex.interchange.source import ForeignSource
 from difflex.interchange.writing import write_config, write_pickle
 
@@ -16,7 +16,7 @@ CONFIG, WEIGHTS = "config.json", "state_dict.pth"
 
 
 @final
-class SDXLUnboxFormat(ForeignFormat):
+class SDXLUnboxFormat(WritableFormat):
     """The format of sdxl-unbox, of its SAE of FLUX.1's double.18 and of the OpenAI code that they follow.
 
     `mean.pt` and `std.pt`, statistics of the codes, are not read: difflex measures those it steers by.

@@ -125,7 +125,7 @@ class ForeignSource:
 
 @final
 class ForeignConfig:
-    """The entries of the configuration of another tool, checked when they are asked for."""
+    """The entries of the configuration of another tool, each checked when it is read."""
 
     def __init__(self, path: Path, entries: Mapping[str, Any]) -> None:
         """`path` names the file in errors."""
@@ -159,7 +159,7 @@ class ForeignConfig:
 
 @final
 class ForeignTensors:
-    """The tensors of a file of another tool, checked when they are asked for."""
+    """The tensors of a file of another tool, each checked when it is read."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """`path` names the file in errors."""

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 from difflex.dictionaries import SAE, Dictionary
 from difflex.errors import BadInput
 from difflex.files import Json
-from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat, encoder_bias, foreign_sae, plain_sae
+from difflex.interchange.base import FittedDictionary, ForeignDictionary, WritableFormat, encoder_bias, foreign_sae, plain_sae
 from difflex.interchange.source import ForeignSource
 from difflex.interchange.writing import write_config, write_safetensors
 
@@ -17,7 +17,7 @@ SAEURON = ("batch_topk", "sample_topk", "input_unit_norm")
 """The settings that only SAeUron has."""
 
 
-class SparsifyFormat(ForeignFormat):
+class SparsifyFormat(WritableFormat):
     """The format of sparsify 1."""
 
     name, tool = "sparsify", "sparsify"

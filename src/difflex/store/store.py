@@ -147,7 +147,7 @@ class Store:
 
     @property
     def source(self) -> str:
-        """The source of its shots, as whoever recorded them described it."""
+        """What the recording said the source of its shots is."""
         return self._manifest.head.source
 
     def activations(self) -> Iterator[Activations]:

@@ -69,7 +69,7 @@ class Client:
         words: str = "",
         like: int | None = None,
     ) -> Iterator[TileAnswer]:
-        """Yield the features of a dictionary (SITE/LABEL) as the wall shows them; further ones are asked for as they are needed.
+        """Yield the features of a dictionary (SITE/LABEL) as the wall shows them; further ones are requested as they are needed.
 
         `where` are conditions such as `density<0.01`; `words` and `like` a feature are what the features must fit.
         """

@@ -28,7 +28,7 @@ SUGGESTED = 12
 
 Name = Annotated[str, Field(max_length=200)]
 Client = Annotated[str, Field(pattern=r"^[\w-]{8,64}$")]
-"""Somebody who waits: a random name that the page keeps; a new request cancels the older one of the same name."""
+"""The client of a request: a random name that the page keeps; a new request cancels the older one of the same name."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -1,4 +1,4 @@
-"""`Studio`: what the browser asks of the model, one piece of work at a time; everybody's turn comes round.
+"""`Studio`: what the browser asks of the model, one piece of work at a time; readers take turns.
 
 It does not import torch: the model comes from a function that is called when it is first needed.
 """
@@ -33,7 +33,7 @@ Report = Callable[[int, int], None]
 
 
 class Cancelled(Exception):
-    """The result of a job is not wanted any more."""
+    """A job was cancelled."""
 
 
 class QueueFull(DifflexError):
@@ -111,7 +111,7 @@ Work = Callable[[ImageModel, Report], Iterator[Event]]
 
 @final
 class Job:
-    """Work that somebody waits for. Its events are sent from the thread of the studio; None is the end."""
+    """A request to the model, in progress or in the queue. Its events are sent from the thread of the studio; None is the end."""
 
     def __init__(self, client: str, work: Work, send: Callable[[Event | None], None]) -> None:
         self.client, self.send, self._work = client, send, work
@@ -188,7 +188,7 @@ class Studio:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody waits for the model."""
+        """Whether no job is running or waiting."""
         with self._changed:
             return self._current is None and not self._queue
 

@@ -1,5 +1,5 @@
 // The page of an image: its strongest features as maps, and those that fire at a token. What the book knows is shown at once; what
-// the model reads is asked for by dictionary and step, and read again when the server does not keep it any more.
+// the model reads is requested by dictionary and step, and read again when the server does not keep it any more.
 
 import { draw, drawAll, shares } from "/static/maps.js";
 import { element, tile } from "/static/tile.js";
