@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, CDPSession, Page
+from real_browser import browser, visit  # noqa: F401 (a fixture)
 from sample_study import new_study, write_book, write_dictionary, write_matches
-from test_report_browser import browser  # noqa: F401 (a fixture)
 from test_web import Site
 from test_web_browser import ink, numbers
 
