@@ -35,7 +35,21 @@ def test_defaults_are_left_out_of_the_notation():
 
 
 @pytest.mark.parametrize(
-    "text", ["", ":text", "double.18:texts", "double.18:update:text:image", "double.18:text:text", "double.18:image:text"]
+    "text",
+    [
+        "",
+        "..",
+        "../double.18",
+        "/etc",
+        "a/b",
+        "a\\b:update",
+        "a\0",
+        ":text",
+        "double.18:texts",
+        "double.18:update:text:image",
+        "double.18:text:text",
+        "double.18:image:text",
+    ],
 )
 def test_a_text_that_is_not_a_site_is_refused(text: str):
     with pytest.raises(BadInput, match="is not a site"):

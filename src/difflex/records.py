@@ -68,7 +68,9 @@ class Site:
             raise BadInput(f"{shown(text)} is not a site. Write PATH[:KIND][:STREAM][:{SMOOTH}], such as 'double.1'.")
         path, *rest = text.split(":")
         kind, stream = max(KINDS, key=rest.count), max(STREAMS, key=rest.count)  # by default the first
-        if not path or len(set(rest)) < len(rest) or not set(rest) <= {kind, stream, SMOOTH}:
+        # It is also the name of a folder.
+        is_name = bool(path) and not path.startswith(".") and not re.search(r"[/\\\0]", path)
+        if not is_name or len(set(rest)) < len(rest) or not set(rest) <= {kind, stream, SMOOTH}:
             raise BadInput(
                 f"'{text}' is not a site. Write PATH[:KIND][:STREAM][:{SMOOTH}], KIND one of {KINDS}, STREAM one of {STREAMS}."
             )

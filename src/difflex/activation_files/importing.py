@@ -118,8 +118,6 @@ def _read_index(path: Path) -> FileIndex:
         if outside := [name for name in files if Path(name).name != name or Path(name).suffix not in READERS]:
             raise BrokenFile(f"{path} lists the file {outside[0]!r}, which is not in its folder. Do not use it.")
         site = Site.parse(entries["site"])
-        if Path(site.folder).name != site.folder or site.folder == "..":
-            raise BrokenFile(f"{path} names the site {str(site)!r}, which is not one. Do not use it.")
         shots = path.with_name(SHOTS)
         if file_sha256(shots) != entries["shots"]:
             raise BrokenFile(f"{shots} does not match its checksum: it is damaged. {ADVICE}")
