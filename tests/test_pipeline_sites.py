@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import difflex
-from difflex.errors import BadInput, NonFinite, UnknownName
+from difflex.errors import BadInput, DifflexError, NonFinite, UnknownName
 from difflex.pipeline import Pipeline, loading
 from difflex.pipeline.calls import DenoiserCall
 from difflex.pipeline.families import Family
@@ -193,6 +193,17 @@ def test_wildcards_stand_for_one_index(flux: Pipeline):
     assert names("double.*:text") == ["double.0:text", "double.1:text"]
     assert names("*.1:update") == ["double.1:update", "single.1:update"]
     assert names("single.[02]") == ["single.0", "single.2"]
+
+
+def test_two_dots_stand_for_the_blocks_in_between_in_the_order_of_the_model(
+    flux: Pipeline, tmp_path_factory: pytest.TempPathFactory
+):
+    assert list(map(str, flux.expand("double.1..single.1:update"))) == ["double.1:update", "single.0:update", "single.1:update"]
+    unet = difflex.load(tiny_folder("sdxl", tmp_path_factory.mktemp("models") / "sdxl"))
+    assert list(map(str, unet.expand("down.2.1..up.0.1"))) == ["down.2.1", "mid.0", "up.0.0", "up.0.1"]
+    for text, message in (("single.0..double.0", "no range"), ("double.0..single.9", "nearest"), ("..single.0", "is unknown")):
+        with pytest.raises(DifflexError, match=message):
+            flux.expand(text)
 
 
 def test_hooks_are_removed_after_an_error(flux: Pipeline):

@@ -24,8 +24,8 @@ NormalisationMethod = Literal["whiten", "standardise", "scale", "none"]
 SAEKind = Literal["topk", "batchtopk", "jumprelu", "matryoshka"]
 PursuitName = Literal["orthogonal", "gradient", "signed-gradient", "matching", "positive-matching"]
 """How ITDA finds codes: `gradient` as in arXiv 2505.24360, with non-negative weights; `matching` as in arXiv 2505.17769."""
-Operation = Literal["add", "set", "scale", "ablate", "replace", "transplant"]
-"""What an edit does with the codes of its features."""
+Operation = Literal["add", "set", "scale", "ablate", "transplant", "replace", "reconstruct", "zero"]
+"""What an edit does with the codes of its features, or with the whole activation."""
 Unit = Literal["peak", "mean", "norm", "current-norm", "code"]
 """What an edit of strength 1 adds: a feature's largest code, its mean code where it fires, the mean norm of the site's
 activations, or of those that are edited, or a code of 1."""

@@ -156,6 +156,8 @@ class HookContext:
     """The shots of the batch, if difflex runs the pipeline."""
     grid: tuple[int, int] | None
     """Rows and columns of the image tokens; None for text."""
+    steps: int | None = None
+    """The number of denoising steps, as the scheduler runs them: PNDM runs one more than it is asked for. None if unknown."""
 
 
 class ActivationBatch(NamedTuple):
@@ -259,11 +261,14 @@ class Edit:
     """A change of the activations at one site, as data that can be saved and applied again."""
 
     operation: Operation
-    """`add` adds strength times the features' directions, whatever the activation is. The others change the codes of the
-    features and keep what the dictionary does not reconstruct: `set` them to the strength, `scale` them by it, `ablate` them,
-    or `transplant` them from another generation. `replace` writes strength times the features' directions and nothing else."""
+    """`add` adds strength times the features' directions, whatever the activation is. `set` (to the strength), `scale` (by it),
+    `ablate` and `transplant` (from another generation) change the codes of the features and keep what the dictionary does not
+    reconstruct. Three write the activation itself: `replace` strength times the features' directions and nothing else,
+    `reconstruct` the dictionary's reconstruction, `zero` nothing, so that a block whose `update` it is returns its input."""
     site: Site
-    """A text such as `double.18` is parsed."""
+    """The site of the dictionary or contrast, and of the edit. A text such as `double.18` is parsed."""
+    at: tuple[Site, ...] = ()
+    """Sites to edit in place of it, of the same width: FLUX from layer 18 on by a dictionary of `double.18`."""
     dictionary: str | None = None
     """The label of the dictionary that the features are of, or SITE/LABEL."""
     features: tuple[int, ...] = ()
@@ -289,30 +294,53 @@ class Edit:
         parse_site(self)
         if isinstance(self.dictionary, str):
             object.__setattr__(self, "dictionary", self.dictionary.removeprefix(f"{self.site}/"))
+        if isinstance(self.at, tuple | list):
+            object.__setattr__(self, "at", tuple(map(Site.parse, self.at)))
         check_fields(self)
         _check_region(self.region)
         self._check_features()
+        if len(set(self.at)) < len(self.at) or (self.at and self.operation == "transplant"):
+            problem = "has maps of its own site alone" if self.operation == "transplant" else "names a site twice"
+            raise BadInput(
+                f"An edit at {', '.join(map(str, self.at))} {problem}. Name each site once, and none for a transplant."
+            )
         if self.steps is not None and not 0 <= self.steps[0] < self.steps[1]:
             raise BadInput(f"Steps {self.steps[0]}:{self.steps[1]} are empty. Write START:END with START below END, from 0 on.")
         if self.operation == "set" and self.unit in ("norm", "current-norm"):
             raise BadInput(f"A code cannot be set in units of {self.unit}, which is a length. Use peak, mean or code.")
-        if self.half == "opposed" and self.operation == "replace":
-            raise BadInput("A replace has no opposite. Use half='both' or 'conditional'.")
+        if self.half == "opposed" and self.replaces:
+            raise BadInput(f"{self.operation} has no opposite. Use half='both' or 'conditional'.")
         if (self.operation == "transplant") != (self.source is not None):
             raise BadInput(
                 "A transplant needs a source: the prompt and seed of the image that its maps are taken from."
                 if self.source is None
                 else f"A source is for a transplant, but the operation is {self.operation}. Leave the source out."
             )
-        if self.region == "fires" and self.operation in ("replace", "transplant"):
-            raise BadInput(f"The region of a {self.operation} cannot be 'fires': it does not read the codes of the image.")
+        if self.region == "fires" and (self.replaces or self.operation == "transplant"):
+            raise BadInput(f"The region of {self.operation} cannot be 'fires': it does not read the codes of the image.")
 
     @property
     def has_unit(self) -> bool:
         """Whether the strength is in a unit: that of a scale is a factor, and other operations have none."""
         return self.operation in ("add", "set", "replace")
 
+    @property
+    def replaces(self) -> bool:
+        """Whether it writes the activation itself, and does not add to it."""
+        return self.operation in ("replace", "reconstruct", "zero")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that are edited."""
+        return self.at or (self.site,)
+
     def _check_features(self) -> None:
+        if self.operation == "zero" and (self.dictionary is not None or self.features or self.contrast is not None):
+            raise BadInput("An edit to zero has no features. Leave out the dictionary, its features and the contrast.")
+        if self.operation == "reconstruct":
+            if self.features or self.contrast is not None:
+                raise BadInput("A reconstruction is that of a whole dictionary. Leave out features and contrast.")
+            return
         if self.contrast is not None and (self.dictionary is not None or self.features):
             raise BadInput(
                 f"The edit at {self.site} must name a dictionary or a contrast: one of the two. A contrast is its own feature."

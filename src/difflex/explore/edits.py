@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal, final
 
+from torch import Tensor
+
 from difflex.errors import BadInput
 from difflex.explore.workspace import Workspace
-from difflex.records import Edit, Rectangle, RegionMap
+from difflex.records import Edit, HookContext, Rectangle, RegionMap, Site
 from difflex.steering import SteeringHook, check_origin, steering_hooks
 from difflex.values import shown
 
@@ -18,6 +20,7 @@ __all__ = ["Editing", "FeatureEdits", "Half", "Region", "read_region"]
 Region = Rectangle | RegionMap | tuple[float, float, float, float] | str
 """(left, top, right, bottom) in fractions of the image, weights of its tokens, the name of a mask image, or `fires`."""
 Half = Literal["conditional", "both", "opposed"]
+SiteFunction = Callable[[Tensor, HookContext], Tensor | None]
 
 
 class Editing(ABC):
@@ -74,7 +77,8 @@ class FeatureEdits(Editing):
 
     def hooks(self, model: str, revision: str | None) -> list[SteeringHook]:
         """Return the hooks of the edits for a model; a dictionary of another model is refused."""
-        prepared = [(edit, workspace.editor.features(edit)) for workspace, edit in self.parts]
+        parts = [(workspace, edit) for workspace, edit in self.parts if edit.operation != "zero"]
+        prepared = [(edit, workspace.editor.features(edit)) for workspace, edit in parts]
         for edit, features in prepared:
             assert features.origin is not None
             check_origin(features.description, features.origin, edit.site, model, revision)
@@ -107,3 +111,21 @@ def _describe(edit: Edit) -> str:
     change = {"add": f"x {amount}", "ablate": "ablated"}.get(edit.operation, f"{edit.operation} {amount}")
     place = "" if edit.region is None else " in a region"
     return f"feature {features} {change}{place}" + ("" if edit.steps is None else f", steps {edit.steps[0]}:{edit.steps[1]}")
+
+
+Edits = Editing | Iterable[Editing | tuple[Site | str, SiteFunction]]
+
+
+def read_edits(edits: Edits, model: str, revision: str | None) -> tuple[list[tuple[Site | str, SiteFunction]], str]:
+    """Return edits as functions at sites, and in words."""
+    items = list(edits) if isinstance(edits, Iterable) else [edits]
+    features, hooks = FeatureEdits(()), list[tuple[Site | str, SiteFunction]]()
+    for item in items:
+        if isinstance(item, Editing):
+            features = features + item
+        elif isinstance(item, tuple) and len(item) == 2:
+            hooks.append(item)
+        else:
+            raise BadInput(f"{shown(item)} is not an edit. Give features, as in 1.5 * dictionary.feature(7), or a list of them.")
+    words = [str(features)] * bool(features.parts) + [f"a function at {site}" for site, _ in hooks]
+    return [*features.hooks(model, revision), *hooks], ", ".join(words)

@@ -48,6 +48,8 @@ class DenoiserCall(NamedTuple):
     text_tokens: int
     grid: tuple[int, int] | None
     """Rows and columns of the denoiser's input: latents of a U-Net, image tokens of a transformer."""
+    steps: int | None = None
+    """The number of steps of the run; None if unknown."""
 
 
 @final
@@ -154,6 +156,7 @@ class CallTracker:
         self._call = DenoiserCall(
             step=step,
             timestep=timestep,
+            steps=1 if self.run and self.run.timestep is not None else len(self._pipeline.components["scheduler"].timesteps),
             halves=self._halves(sample, text),
             shots=self.run.shots if self.run else None,
             text_tokens=0 if text is None else text.shape[1],

@@ -73,19 +73,40 @@ class SiteMap:
         return SiteModule(site, path, self._modules[self._neurons(site, path, block)], block)
 
     def expand(self, sites: Iterable[Site | str]) -> list[SiteModule]:
-        """Locate `sites`, in which a `*` stands for one index: `double.*:text`, `down.*.1`."""
+        """Locate `sites`; `*` stands for one index (`double.*:text`), `..` for blocks between two (`double.18..single.37`)."""
         modules = (self.locate(name) for site in sites for name in self._matching(str(site)))
         return list({module.site: module for module in modules}.values())
 
     def _matching(self, text: str) -> list[str]:
         path, _, rest = text.partition(":")
-        if not set(path) & set("*?["):
+        first, between, last = path.partition("..")
+        if between:
+            names = self._between(first, last)
+        elif set(path) & set("*?["):
+            pattern = re.compile(r"\.".join(_segment(part) for part in path.split(".")))
+            names = [name for name in self.blocks if pattern.fullmatch(name)]
+            if not names:
+                raise UnknownName.among("The site pattern", text, self.blocks, ADVICE)
+        else:
             return [text]
-        pattern = re.compile(r"\.".join(_segment(part) for part in path.split(".")))
-        names = [name for name in self.blocks if pattern.fullmatch(name)]
-        if not names:
-            raise UnknownName.among("The site pattern", text, self.blocks, ADVICE)
         return [f"{name}:{rest}" if rest else name for name in names]
+
+    def _between(self, first: str, last: str) -> list[str]:
+        """Return the blocks from `first` to `last` in the order of the model; of nested ones, those at the level of `first`."""
+        for name in (first, last):
+            if name not in self.blocks:
+                raise UnknownName.among("The block", name, self.blocks, ADVICE)
+        order = self._family.blocks  # diffusers registers the middle of a U-Net last
+        names = sorted(self.blocks, key=lambda name: order.index(self.blocks[name][1]))
+        names = [name for name in names if self._depth(name) == self._depth(first)]
+        if last not in names or names.index(last) < names.index(first):
+            raise BadInput(f"{first}..{last} is no range of blocks: {last} does not come after {first}, at its level. {ADVICE}")
+        return names[names.index(first) : names.index(last) + 1]
+
+    def _depth(self, name: str) -> int:
+        """Return how many blocks the block `name` is inside of."""
+        parts = name.split(".")
+        return sum(".".join(parts[:length]) in self.blocks for length in range(1, len(parts)))
 
     def _path(self, name: str) -> str:
         """Return the module path for a short name or for a module path with or without the denoiser's name."""
@@ -166,7 +187,9 @@ def apply_at_site(
         return None
     if x is not tokens:
         # output + (new - old), and the exact bits of the output where nothing changes: x - y + y is not x in floating point.
-        new = torch.where(new == x, tokens, tokens + (new - x))
+        edited = torch.where(new == x, tokens, tokens + (new - x))
+        # A block whose update is zero returns its input, to the bit.
+        new = edited if block_input is None or target.site.smooth else torch.where(new == 0, block_input, edited)
     return _replace(output, index, whole, span, new)
 
 
@@ -265,7 +288,10 @@ def _apply_by_half(
     """
     parts = x.chunk(len(call.halves))
     results = [
-        function(part.clone(memory_format=torch.contiguous_format), HookContext(call.step, call.timestep, name, call.shots, grid))
+        function(
+            part.clone(memory_format=torch.contiguous_format),
+            HookContext(call.step, call.timestep, name, call.shots, grid, call.steps),
+        )
         if half is None or name in (half, None)
         else None
         for part, name in zip(parts, call.halves, strict=True)

@@ -17,7 +17,14 @@ from difflex.files import file_sha256
 from difflex.json_records import JsonRecord
 from difflex.records import Edit, Shot, Site, TransplantSource, check_contrast_name
 from difflex.steering.contrast import Contrast, contrast_features
-from difflex.steering.features import EditFeatures, FeatureScales, check_origin, dictionary_features, measure_scales
+from difflex.steering.features import (
+    EditFeatures,
+    FeatureScales,
+    check_origin,
+    dictionary_features,
+    measure_scales,
+    reconstruction,
+)
 from difflex.steering.hooks import SteeringHook, TransplantMaps, steering_hooks
 from difflex.store import Store, require_split
 from difflex.study import DictionaryRef, Study
@@ -64,6 +71,8 @@ class StudyEditor:
         check_origin(name, origin, edit.site, self.study.model, self.study.revision)
         if isinstance(source, Contrast):
             features = contrast_features(source)
+        elif edit.operation == "reconstruct":
+            features = reconstruction(source)
         else:
             scales = self.scales(place) if edit.has_unit and edit.unit in ("peak", "mean", "norm") else None
             features = dictionary_features(source, edit.features, scales)

@@ -41,15 +41,18 @@ class EditFeatures(NamedTuple):
     """The code that a strength of 1 stands for, by unit; of `current-norm` for activations with a mean norm of 1."""
     origin: DictionaryOrigin | None = None
     """The model and site that they are made for; None if that is unknown."""
+    reconstruct: Callable[[Float[Tensor, "token width"]], Float[Tensor, "token width"]] | None = None
+    """The reconstruction by a whole dictionary, in place of features."""
 
-    def check_use(self, site: Site, x: Float[Tensor, "batch token width"], context: HookContext) -> None:
-        """Refuse activations of another model, or of another width."""
+    def check_use(self, site: Site, x: Float[Tensor, "batch token width"], context: HookContext, at: Site | None = None) -> None:
+        """Refuse activations of another model, or of another width; they are those of `site`, or of another one `at`."""
         if context.shots and self.origin is not None:
             check_origin(self.description, self.origin, site, context.shots[0].model, context.shots[0].revision)
         if x.shape[-1] != self.decoder.shape[1]:
+            advice = "Load the model that it was made for." if at in (None, site) else "Edit sites of the same width."
             raise BadInput(
-                f"{self.description} is made for activations of width {self.decoder.shape[1]}, but those of {site} are "
-                f"{x.shape[-1]} wide. Load the model that it was made for."
+                f"{self.description} is made for activations of width {self.decoder.shape[1]}, but those of {at or site} are "
+                f"{x.shape[-1]} wide. {advice}"
             )
 
 
@@ -75,6 +78,20 @@ def dictionary_features(dictionary: Dictionary, features: Iterable[int], scales:
         for dead in chosen[scales.peaks[chosen] == 0].tolist():
             warnings.warn(f"Feature {dead} of {dictionary.name} is dead: it fires at none of the sampled tokens.", stacklevel=2)
     return EditFeatures(f"{dictionary.name} {', '.join(map(str, chosen.tolist()))}", codes, decoder, units, dictionary.origin)
+
+
+def reconstruction(dictionary: Dictionary) -> EditFeatures:
+    """Return the reconstruction by `dictionary`, for an edit that writes it in place of the activation."""
+
+    def reconstruct(x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
+        copy = dictionary.on(x.device)
+        return copy.decode(copy.encode(x))
+
+    def codes(x: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
+        return x.new_zeros(len(x), 0)
+
+    none = dictionary.constant.new_zeros(0, dictionary.width)
+    return EditFeatures(f"the reconstruction by {dictionary.name}", codes, none, {}, dictionary.origin, reconstruct)
 
 
 def random_features(features: EditFeatures, seed: int = 0) -> EditFeatures:

@@ -37,52 +37,87 @@ def steering_hooks(
 ) -> list[SteeringHook]:
     """Return one hook for each site of `edits`, for `Pipeline.generate`.
 
-    `features` returns the features of an edit, `maps` the maps of a transplant. All edits of a site see the same activation, and
-    their changes are added; a site with a `replace` takes no other edit.
+    `features` returns the features of an edit, `maps` the maps of a transplant. All edits of a site see the same activation.
+    Where edits replace it, its new value is the sum of what they write, else the activation itself; the changes by all other
+    edits are added to that. The sum is of float32 numbers, and rounded once.
     """
-    ordered = sorted(edits, key=lambda edit: edit.site)
-    hooks = []
-    for site, group in groupby(ordered, key=lambda edit: edit.site):
-        prepared = [
-            _PreparedEdit.of(edit, features(edit), maps(edit) if maps is not None and edit.operation == "transplant" else None)
-            for edit in group
-        ]
-        if len(prepared) > 1 and any(item.edit.operation == "replace" for item in prepared):
-            raise BadInput(f"A replace at {site} cannot be combined with another edit there. Run the other edit on its own.")
-        hooks.append(SteeringHook(site, _SiteEdits(prepared)))
-    return hooks
+    placed = [(site, edit) for edit in edits for site in edit.sites]
+    prepared = {
+        id(edit): _PreparedEdit.of(
+            edit,
+            None if edit.operation == "zero" else features(edit),
+            maps(edit) if maps is not None and edit.operation == "transplant" else None,
+        )
+        for edit in {id(edit): edit for _, edit in placed}.values()
+    }
+    groups = groupby(sorted(placed, key=lambda item: item[0]), key=lambda item: item[0])
+    return [SteeringHook(site, _SiteEdits(site, [prepared[id(edit)] for _, edit in group])) for site, group in groups]
 
 
 @final
 class _SiteEdits:
     """The edits of one site; warns at the end of a run in which those of the region `fires` changed nothing."""
 
-    def __init__(self, edits: Sequence[_PreparedEdit]) -> None:
-        self._edits = edits
+    def __init__(self, site: Site, edits: Sequence[_PreparedEdit]) -> None:
+        self._site, self._edits = site, edits
         self._silent: list[_PreparedEdit] = []
 
     def __call__(self, x: Float[Tensor, "batch token width"], context: HookContext) -> Float[Tensor, "batch token width"] | None:
         """Return the activations after the edits; None if nothing changes."""
         if context.step == 0:
             self._silent = [item for item in self._edits if item.is_meant_to_fire]
-        edited: Tensor | None = None
+        edited: _EditedActivations | None = None
         for prepared in self._edits:
-            for images, tokens, delta in prepared.changes(x, context) if prepared.is_active(context) else ():
-                edited = x.clone() if edited is None else edited
+            for change in prepared.changes(x, context, self._site) if prepared.is_active(context) else ():
+                edited = edited or _EditedActivations(x)
                 self._silent = [item for item in self._silent if item is not prepared]
-                if prepared.edit.operation == "replace":
-                    edited[images, tokens] = delta.to(x)
-                else:
-                    edited[images, tokens] += delta.to(x)
-        if context.shots and context.step == context.shots[0].steps - 1 and context.half != "unconditional":
+                edited.change(change, prepared.edit.replaces)
+        if context.shots and context.step == _run_steps(context) - 1 and context.half != "unconditional":
             for item in self._silent:
+                assert item.features is not None
                 warnings.warn(
                     f"{item.features.description} fires at no token of {_images(context)}, so the edit changes nothing there. "
                     "Leave out the region, or give another one.",
                     stacklevel=2,
                 )
             self._silent = []
-        return edited
+        return None if edited is None else edited.values()
+
+
+class _TokenChange(NamedTuple):
+    """What an edit adds to some tokens, or writes there."""
+
+    images: int | slice
+    tokens: Tensor | slice
+    """A mask, or numbers."""
+    value: Tensor
+
+
+@final
+class _EditedActivations:
+    """The activations of a site under the changes of several edits."""
+
+    def __init__(self, x: Float[Tensor, "batch token width"]) -> None:
+        self._x = x
+        self._sum = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        self._changed, self._replaced = (torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) for _ in range(2))
+
+    def change(self, change: _TokenChange, replaces: bool) -> None:
+        """Add a change to the others."""
+        at = change.images, change.tokens
+        self._sum[at] += change.value
+        self._changed[at] = True
+        self._replaced[at] |= replaces
+
+    def values(self) -> Float[Tensor, "batch token width"]:
+        """Return the activations after all changes; tokens without a change keep their bits."""
+        kept = self._x.to(self._sum.dtype).masked_fill(self._replaced[..., None], 0.0)
+        return torch.where(self._changed[..., None], (kept + self._sum).to(self._x.dtype), self._x)
+
+
+def _run_steps(context: HookContext) -> int:
+    """Return how many steps the run of a shot has."""
+    return context.steps or (context.shots[0].steps if context.shots else context.step + 1)
 
 
 def _images(context: HookContext) -> str:
@@ -97,13 +132,16 @@ class _PreparedEdit:
     """An edit with its features, and its strength as codes."""
 
     edit: Edit
-    features: EditFeatures
+    features: EditFeatures | None
+    """None for an edit to zero."""
     amounts: Float[Tensor, " feature"]
     region: RegionShape | None
     maps: TransplantMaps | None
 
     @classmethod
-    def of(cls, edit: Edit, features: EditFeatures, maps: TransplantMaps | None) -> _PreparedEdit:
+    def of(cls, edit: Edit, features: EditFeatures | None, maps: TransplantMaps | None) -> _PreparedEdit:
+        if features is None or features.reconstruct is not None:
+            return cls(edit, features, torch.empty(0), read_region(edit.region), maps)
         if edit.has_unit and edit.unit not in features.units:
             units = ", ".join(features.units)
             raise BadInput(f"The unit {edit.unit} needs the scales of {features.description}. Units without them: {units}.")
@@ -123,38 +161,55 @@ class _PreparedEdit:
         """Return whether the edit applies to this step and this half."""
         if self.edit.steps is not None:
             first, end = self.edit.steps
-            run = context.shots[0].steps if context.shots else end
+            run = _run_steps(context) if context.shots else end
             if end > run:
                 raise BadInput(f"Steps {first} to {end - 1} cannot be edited: the run has {run}, numbered from 0.")
             if not first <= context.step < end:
                 return False
         return context.half != "unconditional" or self.edit.half != "conditional"
 
-    def changes(
-        self, x: Float[Tensor, "batch token width"], context: HookContext
-    ) -> Iterable[tuple[int | slice, Bool[Tensor, " token"] | slice, Tensor]]:
-        """Yield images, their tokens that change, and by how much (of a replace: what replaces them)."""
-        self.features.check_use(self.edit.site, x, context)
-        sign = -1.0 if self.edit.half == "opposed" and context.half == "unconditional" else 1.0
-        tokens, weights = self._tokens(x, context)
-        lengths = x.float().norm(dim=-1).mean(1) if self._is_relative else None
-        if self.edit.operation in ("add", "replace") and self.edit.region != "fires":
-            value = sign * (self.amounts.to(x.device) @ self.features.decoder.to(x.device))
-            value = value if weights is None else weights[:, None] * value
-            if self.edit.operation == "replace" or bool(value.any()):
-                yield slice(None), tokens, value if lengths is None else lengths[:, None, None] * value
+    def changes(self, x: Float[Tensor, "batch token width"], context: HookContext, site: Site) -> Iterable[_TokenChange]:
+        """Yield what changes in the activations of `site`."""
+        if self.features is None:
+            yield _TokenChange(slice(None), self._tokens(x, context)[0], x.new_zeros(()))
             return
+        self.features.check_use(self.edit.site, x, context, site)
+        if self.features.reconstruct is not None:
+            tokens, _ = self._tokens(x, context)
+            for number, row in enumerate(x):
+                yield _TokenChange(number, tokens, self.features.reconstruct(row[tokens].float()))
+        elif self.edit.operation in ("add", "replace") and self.edit.region != "fires":
+            yield from self._same_change(self.features, x, context)
+        else:
+            yield from self._code_changes(self.features, x, context)
+
+    def _same_change(self, features: EditFeatures, x: Tensor, context: HookContext) -> Iterable[_TokenChange]:
+        """Yield a change that is the same at each token, but for weights and the norm of the image."""
+        tokens, weights = self._tokens(x, context)
+        value = self._sign(context) * (self.amounts.to(x.device) @ features.decoder.to(x.device))
+        value = value if weights is None else weights[:, None] * value
+        if self.edit.replaces or bool(value.any()):
+            yield _TokenChange(slice(None), tokens, value if not self._is_relative else _mean_norms(x)[:, None, None] * value)
+
+    def _code_changes(self, features: EditFeatures, x: Tensor, context: HookContext) -> Iterable[_TokenChange]:
+        """Yield the changes of codes, image by image."""
+        tokens, weights = self._tokens(x, context)
         inside = torch.arange(x.shape[1], device=x.device)[tokens]
+        lengths = _mean_norms(x) if self._is_relative else None
         for number, row in enumerate(x):
-            codes = self.features.codes(row[inside].float())
-            delta = self._new_codes(codes, inside, context) - codes
+            codes = features.codes(row[inside].float())
+            delta = self._added_codes(codes, inside, context)
             delta = delta if weights is None else weights[:, None] * delta
             delta = delta if lengths is None else lengths[number] * delta
             changed = (delta != 0).any(1)
             if self.edit.region == "fires":
                 changed &= (codes > 0).any(1)
             if bool(changed.any()):
-                yield number, inside[changed], sign * (delta[changed] @ self.features.decoder.to(x.device))
+                value = self._sign(context) * (delta[changed] @ features.decoder.to(x.device))
+                yield _TokenChange(number, inside[changed], value)
+
+    def _sign(self, context: HookContext) -> float:
+        return -1.0 if self.edit.half == "opposed" and context.half == "unconditional" else 1.0
 
     @property
     def _is_relative(self) -> bool:
@@ -167,23 +222,27 @@ class _PreparedEdit:
             return slice(None), None
         if context.grid is None:
             raise BadInput(f"The tokens of {self.edit.site} have no place in the image. Leave the region out.")
-        if isinstance(self.region, Tensor) and self.region.is_floating_point() and self.edit.operation != "replace":
+        if isinstance(self.region, Tensor) and self.region.is_floating_point() and not self.edit.replaces:
             weights = _resampled(self.region, context.grid).flatten().to(x.device)
             return weights > 0, weights[weights > 0]
         return region_tokens(self.region, context.grid).to(x.device), None
 
-    def _new_codes(self, codes: Float[Tensor, "token feature"], tokens: Tensor, context: HookContext) -> Tensor:
+    def _added_codes(self, codes: Float[Tensor, "token feature"], tokens: Tensor, context: HookContext) -> Tensor:
         amounts = self.amounts.to(codes)
         if self.edit.operation == "add":
-            return codes + amounts
-        if self.edit.operation == "set":
             return amounts.expand_as(codes)
+        if self.edit.operation == "set":
+            return amounts - codes
         if self.edit.operation == "scale":
-            return codes * amounts
+            return (amounts - 1) * codes
         if self.edit.operation == "ablate":
-            return torch.zeros_like(codes)
+            return -codes
         assert self.maps is not None
-        return self.maps.codes(context, tokens, codes)
+        return self.maps.codes(context, tokens, codes) - codes
+
+
+def _mean_norms(x: Float[Tensor, "batch token width"]) -> Float[Tensor, " batch"]:
+    return x.float().norm(dim=-1).mean(1)
 
 
 @final
