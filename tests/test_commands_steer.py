@@ -264,3 +264,41 @@ def test_a_record_is_plain_json(study: Path, alive: list[str], tmp_path: Path):
     assert steer(study, SITE, alive[0], "--strength", "1", "--record", str(record), "--out", str(tmp_path / "x.png")) == 0
     entries = json.loads(record.read_text())
     assert entries["format"] == 2 and entries["edits"][0]["features"] == [int(alive[0])] and entries["shot"]["seed"] == 0
+
+
+def test_edits_of_whole_blocks_and_of_several_sites_are_recorded_combined_and_replayed(
+    study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    name = lambda word: str(tmp_path / word)  # noqa: E731
+    flags = ["--prompt", "a star", "--differences", "--out", name("x.png")]
+    zero = ["--operation", "zero", "--at", "double.0..single.0:update", "--record", name("zero.json")]
+    assert steer(study, *zero, *flags) == 0
+    entry = json.loads(Path(name("zero.json")).read_text())["edits"][0]
+    assert entry["at"] == ["double.0:update", "double.1:update", "single.0:update"]
+    several = ["--at", "double.1", "single.*", "--strength", "3", "--unit", "code", "--also", name("zero.json")]
+    assert (
+        steer(study, PLACE, alive[0], *several, "--record", name("both.json"), "--prompt", "a star", "--out", name("y.png")) == 0
+    )
+    assert steer(study, "--replay", name("both.json"), "--out", name("z.png")) == 0
+    assert Path(name("y.png")).read_bytes() == Path(name("z.png")).read_bytes()
+    assert steer(study, "--operation", "reconstruct", "--dictionary", PLACE, "--half", "both", *flags) == 0
+    capsys.readouterr()
+    for words, message in (
+        ((PLACE, "--operation", "zero", "--at", "double.0"), "Leave out features"),
+        (("--operation", "zero"), "Name sites with --at"),
+        ((PLACE, alive[0], "--operation", "reconstruct"), "whole dictionary"),
+        ((PLACE, alive[0], "--at", "single.0..double.0"), "no range"),
+        (("--replay", name("both.json"), "--also", name("zero.json")), "leave out --also"),
+    ):
+        assert steer(study, *words) == 2
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_an_icon_of_a_mean_code_is_recorded_and_replayed(study: Path, alive: list[str], tmp_path: Path):
+    record, out, again = (str(tmp_path / name) for name in ("icon.json", "icon.png", "again.png"))
+    words = ["icon", str(study), alive[0], "--strength", "1.5", "--unit", "mean", "--seed", "3", "--out", out]
+    assert main([*words, "--record", record]) == 0
+    assert json.loads(Path(record).read_text())["edits"][0]["unit"] == "mean"
+    assert steer(study, "--replay", record, "--out", again) == 0
+    assert tiles(Path(out))[-1][-2000:] == tiles(Path(again))[-1][-2000:]
+    assert main([*words, "--strength", "1,2", "--record", record]) == 2

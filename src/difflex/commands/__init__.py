@@ -59,7 +59,7 @@ VERBS = {
     "steer": VerbEntry("Steer", "generate images while features are edited", "difflex.commands.steer"),
     "erase": VerbEntry("Steer", "erase a concept from images, before and after", "difflex.commands.erase"),
     "icon": VerbEntry("Steer", "draw what a feature generates on its own", "difflex.commands.steer"),
-    "contrast": VerbEntry("Steer", "find the direction between two sets of prompts", "difflex.commands.steer"),
+    "contrast": VerbEntry("Steer", "find the direction between two sets of prompts", "difflex.commands.vectors"),
     "steer-eval": VerbEntry("Steer", "measure what edits change, against baselines", "difflex.commands.effects"),
     "removal": VerbEntry("Steer", "remove concepts by their features, and judge the images", "difflex.commands.effects"),
     "findings": VerbEntry("Steer", "test published findings about steering", "difflex.commands.effects"),

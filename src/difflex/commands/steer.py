@@ -1,4 +1,4 @@
-"""`difflex steer`, `icon` and `contrast`: images under edits as labelled grids, and directions to edit along."""
+"""`difflex steer` and `difflex icon`: images under edits as labelled grids."""
 
 import os
 import re
@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.choices import ContrastMethod, Operation, Unit
+from difflex.choices import Operation, Unit
 from difflex.commands.flags import (
-    BATCH,
     NUMBER,
     SEED,
     STRENGTHS,
     FeatureNames,
-    KeptSteps,
     Seeds,
     StepRange,
     Strengths,
@@ -42,7 +40,7 @@ MEASURED = 4
 @final
 @dataclass(frozen=True, kw_only=True)
 class SteerCommand(StudyImagesCommand):
-    """Generate images while features, or a contrast direction, are edited; the first column is unedited."""
+    """Generate images while features, a contrast direction or whole blocks are edited; the first column is unedited."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with a dictionary or a contrast."""
@@ -57,15 +55,18 @@ class SteerCommand(StudyImagesCommand):
     contrast: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(instead of a dictionary)")] = None
     """A direction found by `difflex contrast`."""
     operation: Operation = "add"
-    """`add` to the activation; `set`, `scale` or `ablate` the codes; `replace` the activation; or `transplant` codes."""
+    """`add` to the activation; `set`, `scale`, `ablate` or `transplant` codes; `replace` the activation by the features,
+    `reconstruct` it by the dictionary, or set it to `zero`."""
     strength: Annotated[
         tuple[float, ...] | None, STRENGTHS, arg(help_behavior_hint="(default: the largest at which the images stay intact)")
     ] = None
-    """Strengths; a column each. Ablate and transplant have none."""
+    """Strengths; a column each. Only add, set, scale and replace have one."""
     unit: Unit = "peak"
     """What a strength of 1 is: the feature's largest code, its mean code, the mean norm of an activation, or a code of 1."""
     region: Annotated[str | None, arg(metavar="REGION", help_behavior_hint="(default: everywhere)")] = None
     """LEFT,TOP,RIGHT,BOTTOM in fractions or pixels; an image that is white inside; or `fires`: where the features fire."""
+    at: Annotated[tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: that of the features)")] = ()
+    """Sites to edit, with the same features: double.18..single.37. What is set to zero is named here alone."""
     edit_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps to edit; END is not included."""
     half: Literal["conditional", "both", "opposed"] = "conditional"
@@ -80,8 +81,10 @@ class SteerCommand(StudyImagesCommand):
     """Seeds of the noise; END is not included."""
     differences: FlagCreatePairsOff[bool] = False
     """Add a row of differences to the unedited image below each row, amplified four times."""
+    also: Annotated[tuple[Path, ...], arg(metavar="FILE.json...", help_behavior_hint="(default: none)")] = ()
+    """Recorded edits to make in the same runs."""
     record: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: none)")] = None
-    """Write the edit to a file, for --replay."""
+    """Write the edits to a file, for --replay and --also."""
     replay: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(instead of all of the above)")] = None
     """Make a recorded edit again."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("steered.png")
@@ -94,11 +97,12 @@ class SteerCommand(StudyImagesCommand):
         if self.record is not None:
             check_output(self.record)
         editor = StudyEditor(open_study(self.study, self))
-        replay = None if self.replay is None else EditRecord.load(self.replay)
-        if replay is not None:
-            replay.check(editor)
-            if given := [f"--{name}" for name in ("pixels", "steps", "guidance") if getattr(self, name) is not None]:
-                raise BadInput(f"A replay has the settings that were recorded: leave out {', '.join(given)}.")
+        replay, *others = [path and EditRecord.load(path) for path in (self.replay, *self.also)]
+        for record in filter(None, (replay, *others)):
+            record.check(editor)
+        given = [f"--{name}" for name in ("pixels", "steps", "guidance", "also") if getattr(self, name) not in (None, ())]
+        if replay is not None and given:
+            raise BadInput(f"A replay has the settings that were recorded: leave out {', '.join(given)}.")
         place, features = (None, ()) if replay else self._features(editor)
         pipe = load_study_model(editor.study.run_in(replay.shot.precision if replay and not self.precision else None), self)
         if replay is not None:
@@ -106,7 +110,8 @@ class SteerCommand(StudyImagesCommand):
         shots = [replay.shot] if replay else self._shots(pipe)
         rows = 1 if replay else len(shots) * (1 + self.differences)
         check_sheet(self.out, rows, 1 + len(self.strength or (1,)), shots[0].pixels)
-        columns = [replay.edits] if replay else [(edit,) for edit in self._edits(editor, pipe, shots, place, features)]
+        also = [edit for record in others if record for edit in record.edits]
+        columns = [replay.edits] if replay else [(edit, *also) for edit in self._edits(editor, pipe, shots, place, features)]
         if self.record is not None and (len(shots) > 1 or len(columns) > 1):
             raise BadInput(
                 f"One edit of one image can be recorded, but there are {len(columns)} edits and {len(shots)} images. Name one."
@@ -124,6 +129,16 @@ class SteerCommand(StudyImagesCommand):
 
     def _features(self, editor: "StudyEditor") -> tuple[DictionaryRef | None, tuple[int, ...]]:
         """Return the features to steer with, and their dictionary; none with a contrast, which must exist."""
+        if self.operation == "zero":
+            if self.features or self.dictionary is not None or self.contrast is not None:
+                raise BadInput("zero sets whole activations to zero. Leave out features, --dictionary and --contrast.")
+            if not self.at:
+                raise BadInput("There is nothing to set to zero. Name sites with --at, as in --at double.3:update.")
+            return None, ()
+        if self.operation == "reconstruct":
+            if self.features or self.contrast is not None:
+                raise BadInput("A reconstruction is that of a whole dictionary. Leave out features and --contrast.")
+            return editor.study.find_dictionary(self.dictionary), ()
         if not self.features and self.contrast is None:
             raise BadInput("There is nothing to steer with. Name features, or --contrast NAME.")
         if self.contrast is not None and self.dictionary is None:
@@ -142,9 +157,14 @@ class SteerCommand(StudyImagesCommand):
         """Return an edit for each strength; without strengths, one at the default for `shots`."""
         pixels = next(pipe.shots("")).pixels
         source_region = _parse_region(self.source_region, pixels)
+        at = tuple(pipe.expand(self.at))
+        home = (
+            place.site if place is not None else at[0] if self.operation == "zero" else editor.contrast(self.contrast or "").site
+        )
         edit = Edit(
             operation=self.operation,
-            site=place.site if place is not None else editor.contrast(self.contrast or "").site,
+            site=home,
+            at=() if at == (home,) else at,
             dictionary=None if place is None else place.label,
             features=features,
             contrast=self.contrast,
@@ -201,109 +221,52 @@ class IconCommand(StudyImagesCommand):
     ] = None
     """The dictionary of the features; the site alone if it has one dictionary."""
     strength: Strengths = (0.5, 1.0, 2.0)
-    """Strengths in peaks; a column each."""
+    """Strengths; a column each."""
+    unit: Unit = "peak"
+    """What a strength of 1 is: the feature's largest code, its mean code where it fires, or as for `difflex steer`."""
     edit_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps to edit; END is not included."""
     seed: Annotated[int, SEED] = 0
     """Seed of the noise."""
+    record: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: none)")] = None
+    """Write a single icon to a file, for `difflex steer --replay`."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("icons.png")
     """Image file of the grid: .png, .webp or .jpg."""
 
     def __call__(self) -> list[Path]:
-        from difflex.steering import StudyEditor
+        from difflex.steering import EditRecord, StudyEditor
 
         check_image_path(self.out)
+        if self.record is not None:
+            check_output(self.record)
         if not self.features:
             raise BadInput("No feature was named. Name one or more, by numbers or by words.")
         editor = StudyEditor(open_study(self.study, self))
         place, features = named_features(editor.study, self.features, self.dictionary)
+        if self.record is not None and len(features) * len(self.strength) > 1:
+            raise BadInput(f"One icon can be recorded, not {len(features)} features at {len(self.strength)} strengths.")
         pipe = load_study_model(editor.study, self)
         template = Edit(
             operation="replace" if place.site.kind == "update" else "add",
             site=place.site,
             dictionary=place.label,
             features=features,
+            unit=self.unit,
             steps=first_and_end(self.edit_steps),
         )
-        check_sheet(self.out, len(features), len(self.strength), next(iter(pipe.shots(""))).pixels)
-        rows = []
-        for feature in features:
-            edits = [replace(template, features=(feature,), strength=strength) for strength in self.strength]
-            rows.append([pipe.generate("", seed=self.seed, edits=editor.steering_hooks([edit]))[0].image for edit in edits])
-        columns = [f"{strength:g} peak" for strength in self.strength]
+        shot = replace(next(iter(pipe.shots("", seeds=[self.seed]))), timestep=None)
+        check_sheet(self.out, len(features), len(self.strength), shot.pixels)
+        edits = [[replace(template, features=(feature,), strength=each) for each in self.strength] for feature in features]
+        rows = [[generate_edited(pipe, editor, [shot], [edit])[0] for edit in row] for row in edits]
+        columns = [f"{strength:g} {self.unit}" for strength in self.strength]
         labels = [f"{place}, feature {feature}" for feature in features]
         write_image(contact_sheet(rows, row_labels=labels, column_labels=columns), self.out)
-        print(f"{self.out.resolve()}: {len(rows)} features at {len(columns)} strengths")
-        return [self.out]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class ContrastCommand(StudyImagesCommand):
-    """Find the direction between two sets of prompts at a site; `difflex steer --contrast NAME` edits along it."""
-
-    study: Annotated[Positional[Path], arg(metavar="STUDY")]
-    """A study of the model; it may be empty."""
-    name: Annotated[Positional[str], arg(metavar="NAME")]
-    """Name of the direction."""
-    site: Annotated[str, arg(metavar="SITE")]
-    """Site of the activations: double.18, single.9:update, double.3:text."""
-    positive: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ()
-    """Prompts that the direction points to."""
-    negative: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ()
-    """Prompts that it points away from; each is paired with the positive one in the same place."""
-    pairs: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(instead of the two above)")] = None
-    """A text file with a pair on each line: the positive prompt, a tab, the negative one."""
-    method: ContrastMethod = "mean"
-    """The mean of the differences, or their first principal component."""
-    seeds: Seeds = range(1)
-    """Seeds for each pair, whose prompts start from the same noise; END is not included."""
-    keep_steps: Annotated[KeptSteps, arg(help_behavior_hint="(default: all)")] = None
-    """Denoising steps whose activations are compared; END is not included."""
-    dictionary: Annotated[str | None, arg(metavar="DICTIONARY", help_behavior_hint="(default: none)")] = None
-    """Decompose the direction into features of this dictionary."""
-    batch: Annotated[int, BATCH] = 16
-    """Images at once."""
-
-    def __call__(self) -> list[Path]:
-        from difflex.steering import StudyEditor
-        from difflex.steering.contrast import decompose, find_contrast, pair_activations
-
-        check_contrast_name(self.name)
-        editor = StudyEditor(open_study(self.study, self))
-        check_output(editor.study.contrast(self.name))
-        pairs = _read_pairs(self.pairs) if self.pairs is not None else self._pairs()
-        place = None if self.dictionary is None else editor.study.find_dictionary(self.dictionary)
-        pipe = load_study_model(editor.study, self)
-        site = pipe.site(self.site)
-        if place is not None and place.site != site:
-            raise BadInput(f"{place} is a dictionary of {place.site}, but the contrast is at {site}. Name one of {site}.")
-        shots = list(pipe.shots("", keep_steps=self.keep_steps))
-        sides = pair_activations(lambda shots: pipe.harvest(shots, site, self.batch), shots, pairs, self.seeds)
-        contrast = find_contrast(*sides, self.method)
-        path = contrast.save(editor.study.contrast(self.name))
-        norm = float(contrast.direction.norm())
-        print(f"{path}: {contrast.pairs} pairs, norm {norm:.3g}, {norm / contrast.norm:.1%} of a mean activation at {site}")
-        if place is not None:
-            print(f"features of {place} in it:")
-            for part in decompose(contrast.direction, editor.dictionary(place)):
-                print(f"  {part.feature:>6}  code {part.code:9.3g}  cosine {part.cosine:6.3f}  explained {part.explained:6.1%}")
-        return [path]
-
-    def _pairs(self) -> list[tuple[str, str]]:
-        if not self.positive or len(self.positive) != len(self.negative):
-            raise BadInput(
-                f"A contrast takes pairs of prompts, but there are {len(self.positive)} positive and {len(self.negative)} "
-                "negative ones. Give as many --positive as --negative, or --pairs FILE."
-            )
-        return list(zip(self.positive, self.negative, strict=True))
-
-
-def check_contrast_name(name: str) -> str:
-    """Return `name` if a file can have it."""
-    if not re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII):
-        raise BadInput(f"'{name:.100}' cannot be a file name. Use at most 100 letters, digits, '.', '_' and '-'.")
-    return name
+        paths = [self.out]
+        if self.record is not None:
+            [[edit]] = edits
+            paths.append(EditRecord(shot=shot, edits=(edit,), checksums=editor.checksums([edit])).save(self.record))
+        print(f"{', '.join(str(path.resolve()) for path in paths)}: {len(rows)} features at {len(columns)} strengths")
+        return paths
 
 
 def generate_edited(pipe: "Pipeline", editor: "StudyEditor", shots: Sequence[Shot], edits: Sequence[Edit]) -> list[Image.Image]:
@@ -355,28 +318,13 @@ def _parse_region(text: str | None, pixels: tuple[int, int]) -> Rectangle | str 
     return str(Path(text).resolve())
 
 
-def _read_pairs(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--pairs {path} cannot be read: {error}. Name a text file.") from error
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        positive, tab, negative = line.partition("\t")
-        if not line.strip():
-            continue
-        if not tab or "\t" in negative or "\0" in line:
-            raise BadInput(f"Line {number} of {path} is not two prompts with one tab between them.")
-        pairs.append((positive.strip(), negative.strip()))
-    return pairs
-
-
 def _difference(image: Image.Image, unedited: Image.Image) -> Image.Image:
     return ImageChops.difference(image, unedited).point([min(255, AMPLIFIED * value) for value in range(256)] * 3)
 
 
 def _column_label(edits: Sequence[Edit]) -> str:
-    return ", ".join(edit.operation if edit.operation in ("ablate", "transplant") else _strength(edit) for edit in edits)
+    strong = ("add", "set", "scale", "replace")
+    return ", ".join(_strength(edit) if edit.operation in strong else edit.operation for edit in edits)
 
 
 def _strength(edit: Edit) -> str:
