@@ -31,6 +31,7 @@ VERBS = {
     "anatomy": VerbEntry(
         "Explore a model", "measure activation norms, spectra and outlier coordinates", "difflex.commands.evaluation"
     ),
+    "block-roles": VerbEntry("Explore a model", "measure what each block does in images", "difflex.commands.measures"),
     "harvest": VerbEntry("Train dictionaries", "store a model's activations in a study", "difflex.commands.harvest"),
     "train": VerbEntry(
         "Train dictionaries", "train sparse autoencoders (SAEs) on stored activations", "difflex.commands.training"
@@ -43,6 +44,7 @@ VERBS = {
     "export": VerbEntry("Train dictionaries", "write a dictionary for another tool", "difflex.commands.interchange"),
     "evaluate": VerbEntry("Evaluate them", "measure reconstruction on held-out activations", "difflex.commands.evaluation"),
     "concepts": VerbEntry("Evaluate them", "match features with concepts known by mask", "difflex.commands.evaluation"),
+    "measure": VerbEntry("Evaluate them", "measure features by their images, against random ones", "difflex.commands.measures"),
     "collect": VerbEntry(
         "Look at features", "find where each feature fires, into one book per dictionary", "difflex.commands.features"
     ),
@@ -62,6 +64,7 @@ VERBS = {
     "contrast": VerbEntry("Steer", "find the direction between two sets of prompts", "difflex.commands.vectors"),
     "steer-eval": VerbEntry("Steer", "measure what edits change, against baselines", "difflex.commands.effects"),
     "removal": VerbEntry("Steer", "remove concepts by their features, and judge the images", "difflex.commands.effects"),
+    "edit-bench": VerbEntry("Steer", "compare representations by the edits they make", "difflex.commands.effects"),
     "findings": VerbEntry("Steer", "test published findings about steering", "difflex.commands.effects"),
     "run": VerbEntry("Run studies", "run a whole study from a recipe", "difflex.recipes"),
     "status": VerbEntry("Run studies", "show how far a study is", "difflex.commands.study"),

@@ -7,7 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, final
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import Unit
 from difflex.commands.flags import SHARE, Numbers, StepRange, Strengths, StudyImagesCommand, VLMCommand, number, numbers
@@ -20,13 +20,16 @@ from difflex.study import Study
 if TYPE_CHECKING:
     from difflex.effects import ModelFunctions
     from difflex.effects.concept_specs import JudgedWorld
+    from difflex.effects.edit_bench import ImageScorer
     from difflex.pipeline import Pipeline
 
-__all__ = ["FindingsCommand", "RemovalCommand", "SteerEvalCommand"]
+__all__ = ["EditBenchCommand", "FindingsCommand", "RemovalCommand", "SteerEvalCommand"]
 
 BATCH = 32
 TRIALS = number(1, 10_000)
 """How many images or captions of each concept."""
+TransferMethod = Literal["features", "neurons", "activations", "contrast"]
+EditTypeName = Literal["object", "add", "delete", "content", "pose", "colour", "material", "background", "style"]
 ExperimentName = Literal["pairs", "distribution", "adversarial", "quality", "size", "related", "steps"]
 
 
@@ -220,6 +223,92 @@ class FindingsCommand(StudyImagesCommand):
         for finding in results.findings:
             print(f"{finding.verdict:<19}{finding.claim}\n{'':<19}{finding.reason}")
         return [path]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class EditBenchCommand(StudyImagesCommand):
+    """Edit images by representations of other images, and measure which of them make which of nine edit types.
+
+    The protocol is that of RIEBench (arXiv 2410.22366): features, neurons, whole activations and contrasts of the image that a
+    second prompt generates are written into the image of the first. The references are the second prompt, and no edit.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study of a model of the drawn world, or with --items of any model."""
+    dictionary: Annotated[
+        tuple[str, ...], arg(metavar="SITE/LABEL...", help_behavior_hint="(default: the largest of each kind at each site)")
+    ] = ()
+    """SITE/LABEL, or the site alone if it has one dictionary; several joined by commas are edited together."""
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: those of the dictionaries)")] = ()
+    """Sites of activations, contrasts and neurons."""
+    method: Annotated[tuple[TransferMethod, ...], arg(metavar="METHOD...")] = ("features", "neurons", "activations", "contrast")
+    """What is transferred."""
+    type: Annotated[tuple[EditTypeName, ...], arg(metavar="TYPE...", help_behavior_hint="(default: all nine)")] = ()
+    """Types of edits."""
+    count: Annotated[int, TRIALS] = 8
+    """Items of each type."""
+    features: Numbers = (16, 64)
+    """Numbers of features that are added, and removed."""
+    neurons: Numbers = (64, 256)
+    """The same for neurons."""
+    strength: Strengths = (1.0, 2.0)
+    """What is added and removed is multiplied by these."""
+    pairs: Annotated[int, TRIALS] = 4
+    """Pairs of images for the direction of each contrast."""
+    items: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: items of the drawn world)")] = None
+    """A file in the form of riebench.json."""
+    masks: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
+    """With --items, the masks of a segmenter: ID-source.png and ID-target.png."""
+    clip: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
+    """Folder or hub name of a CLIP of transformers that scores images."""
+    lpips: FlagCreatePairsOff[bool] = False
+    """Measure LPIPS as well."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.effects import edit_bench
+
+        config = edit_bench.EditBenchConfig(
+            types=self.type or edit_bench.EditBenchConfig().types,
+            count=self.count,
+            dictionaries=self.dictionary,
+            sites=self.site,
+            methods=self.method,
+            features=self.features,
+            neurons=self.neurons,
+            strengths=self.strength,
+            pairs=self.pairs,
+            clip=self.clip,
+            lpips=self.lpips,
+        )
+        study = open_study(self.study, self)
+        if self.masks is not None and (self.items is None or not self.masks.is_dir()):
+            raise BadInput(f"--masks {self.masks} is a folder of masks for the items of a file. Give both --items and --masks.")
+        if self.items is None:
+            _check_judged(study)
+            world = edit_bench.drawn_world(config.types, config.count)
+        else:
+            world = edit_bench.masked_world(self.items, self.masks)
+        files = {} if self.clip is None else {"clip": self._clip_checksum(self.clip)}
+        model = cache(lambda: model_functions(load_study_model(study, self)))
+        path, results, is_reused = edit_bench.run_edit_benchmark(
+            study, config, world, model, self._scorer, files, partial(print, flush=True)
+        )
+        print(f"{results.items} items{', as before' if is_reused else ''}\n{edit_bench.edit_bench_table(results)}")
+        return [path]
+
+    def _clip_checksum(self, clip: str) -> str:
+        from difflex.evaluation import ClipModel
+
+        return ClipModel.checksum(clip, offline=self.offline)
+
+    def _scorer(self) -> "ImageScorer":
+        from difflex.effects.edit_bench import ImageScorer
+        from difflex.evaluation import ClipModel
+        from difflex.evaluation.image_similarity import LPIPS, load_measure
+
+        clip = None if self.clip is None else ClipModel(self.clip, offline=self.offline)
+        return ImageScorer(clip, load_measure(LPIPS, offline=self.offline) if self.lpips else None)
 
 
 def _check_judged(study: Study) -> None:

@@ -255,6 +255,15 @@ class Study:
         """The file with the results of steering with a dictionary's features."""
         return self.folder / "steering" / "judged" / Site.parse(site).folder / f"{label}.json"
 
+    def measures(self, site: Site | str, label: str) -> Path:
+        """The file with the measures of a dictionary's features."""
+        return self.folder / "measures" / Site.parse(site).folder / f"{label}.json"
+
+    @property
+    def block_roles(self) -> Path:
+        """The file with the roles of the model's blocks."""
+        return self.folder / "block-roles.json"
+
     def removal(self, refs: Sequence[DictionaryRef]) -> Path:
         """The file with the results of removing concepts with the features of several dictionaries at once."""
         sites, labels = ",".join(ref.site.folder for ref in refs), [ref.label for ref in refs]
@@ -269,6 +278,14 @@ class Study:
     def findings(self, site: Site | str) -> Path:
         """The file with the findings of steering experiments at a site."""
         return self.folder / "steering" / "findings" / f"{Site.parse(site).folder}.json"
+
+    def edit_bench(self, name: str) -> Path:
+        """The file with the results of the editing benchmark on the items called `name`."""
+        return self.folder / "steering" / "edit-bench" / f"{name}.json"
+
+    def edit_benches(self) -> list[Path]:
+        """Return all files with results of the editing benchmark."""
+        return [path for path in _children(self.folder / "steering" / "edit-bench") if path.suffix == ".json"]
 
 
 def _children(folder: Path) -> list[Path]:

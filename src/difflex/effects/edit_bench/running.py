@@ -1,0 +1,409 @@
+"""Run the editing benchmark on a study: item by item, each kept when it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar, final
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from difflex.effects.edit_bench.items import EDIT_TYPES, EditItem, EditWorld, Images, TransferMasks
+from difflex.effects.edit_bench.results import (
+    REFERENCES,
+    EditArm,
+    EditBenchConfig,
+    EditBenchResults,
+    EditedItem,
+    ImageScorer,
+    sheet_path,
+    summarise,
+    with_score,
+)
+from difflex.effects.edit_bench.transfer import (
+    CodedTokens,
+    Deltas,
+    Encode,
+    ItemTransfer,
+    Method,
+    NeuronTokens,
+    RecordedRun,
+    RunKey,
+    WholeTokens,
+    contrast_directions,
+    record_runs,
+    transfer_hooks,
+)
+from difflex.effects.inputs import ModelFunctions, Provenance, to_images, to_tensor
+from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.files import file_sha256, folder_lock, write_file
+from difflex.images import write_image
+from difflex.progress import ProgressBar
+from difflex.records import Activations, Shot, Site
+from difflex.steering import SteeringHook, StudyEditor, check_origin
+from difflex.study import DictionaryRef, Study
+
+T = TypeVar("T")
+BATCH = 8
+"""Items that are edited together."""
+TILE, COLUMNS = 256, 10
+"""The longest side in pixels of an image in the sheet of an item, and how many images are in a row."""
+FIRST_PAIR = 10**6
+"""The seed of the first pair of images that a contrast is found on."""
+
+
+class TransferPlace(NamedTuple):
+    """What is transferred, and the sites at which it is."""
+
+    method: Method
+    sites: tuple[Site, ...]
+    dictionaries: tuple[DictionaryRef, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The dictionaries or the sites, joined by commas; dictionaries of one label have it at the end."""
+        labels = {ref.label for ref in self.dictionaries}
+        if len(labels) > 1:
+            return ",".join(map(str, self.dictionaries))
+        return "/".join([",".join(map(str, self.sites)), *labels])
+
+    def counts(self, config: EditBenchConfig) -> tuple[int | None, ...]:
+        """Return how many parts are transferred, in turn."""
+        counts: dict[Method, tuple[int | None, ...]] = {"features": config.features, "neurons": config.neurons}
+        return counts.get(self.method, (None,))
+
+    def arms(self, config: EditBenchConfig) -> list[EditArm]:
+        """Return the arms at this place."""
+        settings = [(count, strength) for count in self.counts(config) for strength in config.strengths]
+        return [EditArm(self.method, self.name, count, float(strength)) for count, strength in settings]
+
+
+class EditBenchOutcome(NamedTuple):
+    """The file of the results, the results, and whether they were reused."""
+
+    path: Path
+    results: EditBenchResults
+    is_reused: bool
+
+
+def transfer_places(study: Study, config: EditBenchConfig) -> list[TransferPlace]:
+    """Return the places of all methods: the named dictionaries and sites, by default those of the study."""
+    sets = _dictionary_sets(study, config)
+    named = [Site.parse(site) for site in config.sites]
+    of_neurons = [site for site in named if site.kind == "neurons"]
+    if not named:
+        of_neurons = [ref.site for ref in study.dictionaries() if ref.site.kind == "neurons"]
+    whole = _alone_and_together([site for site in named if site.kind != "neurons"])
+    whole = whole or [tuple(ref.site for ref in refs) for refs in sets]
+    places = {
+        "features": [TransferPlace("features", tuple(ref.site for ref in refs), refs) for refs in sets],
+        "neurons": [TransferPlace("neurons", (site,)) for site in dict.fromkeys(of_neurons)],
+        "activations": [TransferPlace("activations", sites) for sites in dict.fromkeys(whole)],
+        "contrast": [TransferPlace("contrast", sites) for sites in dict.fromkeys(whole)],
+    }
+    chosen = [place for method in config.methods for place in places[method]]
+    if not chosen:
+        raise UnknownName(
+            f"{study.folder} has no dictionaries for the methods {', '.join(config.methods)}. Make some with difflex train or "
+            "difflex itda, or name sites with --site."
+        )
+    return chosen
+
+
+def _dictionary_sets(study: Study, config: EditBenchConfig) -> list[tuple[DictionaryRef, ...]]:
+    if config.dictionaries:
+        return [tuple(study.find_dictionary(part) for part in name.split(",")) for name in config.dictionaries]
+    known = study.dictionaries()
+    sites = [str(ref.site) for ref in known if ref.site.kind != "neurons" and not ref.site.smooth]
+    sites = [site for site in dict.fromkeys(sites) if not config.sites or site in config.sites]
+    by_kind: dict[str, list[DictionaryRef]] = {}
+    for ref in study.select_largest(sites, ()) if sites else ():
+        by_kind.setdefault(ref.label.partition("-")[0], []).append(ref)
+    return [refs for own in by_kind.values() for refs in _alone_and_together(own)]
+
+
+def _alone_and_together(places: Sequence[T]) -> list[tuple[T, ...]]:
+    """Return each place on its own, and then all at once."""
+    return [*((place,) for place in places), *([tuple(places)] if len(places) > 1 else [])]
+
+
+def run_edit_benchmark(
+    study: Study,
+    config: EditBenchConfig,
+    world: EditWorld,
+    model: Callable[[], ModelFunctions],
+    scorer: Callable[[], ImageScorer],
+    files: Mapping[str, str] = {},
+    log: Callable[[str], None] = print,
+) -> EditBenchOutcome:
+    """Run the benchmark on the items of `world`, write the results and return them.
+
+    Results that are up to date are reused, and so are those of items; the model is only loaded for others. `files` are the
+    checksums of files that scores depend on.
+    """
+    editor, places = StudyEditor(study), transfer_places(study, config)
+    for ref in dict.fromkeys(ref for place in places for ref in place.dictionaries):
+        dictionary = editor.dictionary(ref)
+        check_origin(dictionary.name, dictionary.origin, ref.site, study.model, study.revision)
+    used = {ref: dict[str, int]() for place in places for ref in place.dictionaries}
+    provenance = Provenance.of(study, used, config.clip or "", {**world.files, **files})
+    path, items = study.edit_bench(world.name), _first_of_each_type(world.items, config)
+    stored = EditBenchResults.load(path) if path.is_file() else None
+    if stored is not None and (stored.config, stored.provenance) == (config, provenance):
+        return EditBenchOutcome(path, stored, True)
+    with folder_lock(path.with_suffix("")):
+        run = _EditBenchRun(editor, places, config, world, path.with_suffix(""), _key(config, provenance))
+        edited = run.edit(items, model, scorer, log)
+        results = EditBenchResults(
+            model=study.model,
+            world=world.name,
+            items=len(edited),
+            cells=summarise(edited, run.arms),
+            config=config,
+            provenance=provenance,
+        )
+        results.save(path)
+    return EditBenchOutcome(path, results, False)
+
+
+def _first_of_each_type(items: Sequence[EditItem], config: EditBenchConfig) -> list[EditItem]:
+    own = [item for kind in config.types for item in [item for item in items if item.type == kind][: config.count]]
+    if not own:
+        raise BadInput(f"There is no item of the types {', '.join(config.types)}. Name other types.")
+    return own
+
+
+def _key(config: EditBenchConfig, provenance: Provenance) -> str:
+    """Return a checksum of all that the scores of an item depend on, besides the item: not of which items there are."""
+    same = replace(config, types=EDIT_TYPES, count=1)
+    return hashlib.sha256(json.dumps([asdict(same), asdict(provenance)], sort_keys=True).encode()).hexdigest()
+
+
+@final
+@dataclass(frozen=True)
+class _EditBenchRun:
+    """The run of a benchmark."""
+
+    editor: StudyEditor
+    places: Sequence[TransferPlace]
+    config: EditBenchConfig
+    world: EditWorld
+    folder: Path
+    key: str
+
+    @property
+    def arms(self) -> list[EditArm]:
+        """All arms, the references first."""
+        return [*REFERENCES, *(arm for place in self.places for arm in place.arms(self.config))]
+
+    def edit(
+        self,
+        items: Sequence[EditItem],
+        model: Callable[[], ModelFunctions],
+        scorer: Callable[[], ImageScorer],
+        log: Callable[[str], None],
+    ) -> list[EditedItem]:
+        """Return the scores of all items: of those that are finished from their files, of the others after editing them."""
+        finished = {item.id: stored for item in items if (stored := self._stored(item)) is not None}
+        missing = [item for item in items if item.id not in finished]
+        if finished:
+            log(f"{len(finished)} of {len(items)} items are finished already")
+        if missing:
+            self._check_masks(missing, model)
+            session = _EditSession(self, model(), scorer())
+            with ProgressBar(total=len(missing) * len(self.arms), unit=" images", desc="edit-bench") as bar:
+                for batch in _batches(missing):
+                    for entry in session.edit(batch, bar):
+                        entry.save(self._record(entry.item))
+                        finished[entry.item.id] = entry
+        return [finished[item.id] for item in items]
+
+    def _record(self, item: EditItem) -> Path:
+        return self.folder / f"{item.id}.json"
+
+    def _stored(self, item: EditItem) -> EditedItem | None:
+        """Return the scores of an item if they are up to date."""
+        path, sheet = self._record(item), sheet_path(self.folder, item)
+        if not path.is_file() or not sheet.is_file():
+            return None
+        try:
+            entry = EditedItem.load(path)
+        except BrokenFile:
+            return None  # it is edited again
+        is_current = (entry.key, entry.item, entry.sheet) == (self.key, item, file_sha256(sheet))
+        return entry if is_current else None
+
+    def _check_masks(self, items: Sequence[EditItem], model: Callable[[], ModelFunctions]) -> None:
+        """Refuse items without masks, after their images are written, from which masks can be made."""
+        try:
+            self.world.check(items, self.folder)
+        except BadInput:
+            paths = {item: [self.folder / item.id / f"{side}.png" for side in ("source", "target")] for item in items}
+            lacking = [item for item in items if not all(path.is_file() for path in paths[item])]
+            if lacking:
+                functions, sites = model(), self.places[0].sites
+                for batch in _batches(lacking):
+                    for side, prompts in enumerate(zip(*((item.source, item.target) for item in batch), strict=True)):
+                        keys = [(prompt, item.seed) for prompt, item in zip(prompts, batch, strict=True)]
+                        images = _Runs(functions, sites, keys, every_step=False).images
+                        for item, key in zip(batch, keys, strict=True):
+                            write_image(images[key], paths[item][side])
+            raise
+
+
+def _batches(items: Sequence[EditItem]) -> Iterator[list[EditItem]]:
+    """Yield items in batches in which no two edit the same image, since hooks tell images apart by prompt and seed."""
+    batch: list[EditItem] = []
+    for item in items:
+        if len(batch) == BATCH or any((other.source, other.seed) == (item.source, item.seed) for other in batch):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+@final
+class _Runs:
+    """Runs of the model: their images, and the activations of sites."""
+
+    def __init__(
+        self,
+        model: ModelFunctions,
+        sites: Sequence[Site],
+        keys: Sequence[RunKey],
+        hooks: Sequence[SteeringHook] = (),
+        every_step: bool = True,
+    ) -> None:
+        """Generate the images of prompts and seeds; the activations are of all steps, or of the first step."""
+        first = model.shots(range(1))[0]
+        shot = replace(first, timestep=None) if every_step else first
+        shots = [replace(shot, prompt=prompt, seed=seed, split=Shot.split_of(prompt)) for prompt, seed in dict.fromkeys(keys)]
+        images, self.activations = list[Image.Image](), list[Activations]()
+        for batch, activations in model.finish(shots, sites if every_step else sites[:1], hooks):
+            images += batch
+            self.activations += [replace(own, values=own.values.cpu()) for own in activations]
+        self.images = {(shot.prompt, shot.seed): image for shot, image in zip(shots, images, strict=True)}
+
+    def pixels(self, keys: Sequence[RunKey]) -> Images:
+        """Return the images of runs."""
+        return to_tensor(self.images[key] for key in keys)
+
+    def recorded(self) -> dict[RunKey, RecordedRun]:
+        """Return the activations of each run."""
+        return record_runs(self.activations)
+
+
+class _PreparedBatch(NamedTuple):
+    """Items with both of their images, and their transfers."""
+
+    items: Sequence[EditItem]
+    sources: Images
+    targets: Images
+    transfers: Sequence[ItemTransfer]
+    directions: Sequence[Mapping[Site, Tensor]]
+    """Of the contrast of each item, by site."""
+
+    @property
+    def keys(self) -> list[RunKey]:
+        """The runs of the source images."""
+        return [(item.source, item.seed) for item in self.items]
+
+
+@final
+class _EditSession:
+    """Edits items with a model."""
+
+    def __init__(self, run: _EditBenchRun, model: ModelFunctions, scorer: ImageScorer) -> None:
+        self._run, self._model, self._scorer = run, model, scorer
+        self._sites = list(dict.fromkeys(site for place in run.places for site in place.sites))
+
+    def edit(self, items: Sequence[EditItem], bar: ProgressBar) -> list[EditedItem]:
+        """Return the scores of items under all arms, and write their sheets."""
+        batch = self._prepare(items)
+        scores: list[dict[str, dict[str, float]]] = [{} for _ in items]
+        tiles: list[list[Tensor]] = [[] for _ in items]
+        for arm, images in self._images(batch):
+            for own, row, tile, image in zip(scores, self._score(batch, images), tiles, images, strict=True):
+                own[str(arm)] = with_score(row)
+                tile.append(image)
+            bar.update(len(items))
+        entries = []
+        for item, own, images in zip(items, scores, tiles, strict=True):
+            sheet = write_file(sheet_path(self._run.folder, item), _sheet(torch.stack(images)))
+            entries.append(EditedItem(key=self._run.key, item=item, scores=own, sheet=sheet))
+        return entries
+
+    def _prepare(self, items: Sequence[EditItem]) -> _PreparedBatch:
+        keys = [[(item.source, item.seed) for item in items], [(item.target, item.seed) for item in items]]
+        runs = _Runs(self._model, self._sites, [*keys[0], *keys[1]])
+        recorded, (sources, targets) = runs.recorded(), map(runs.pixels, keys)
+        missing = [site for site in self._sites if not any(own.site == site for own in runs.activations)]
+        if missing:
+            raise UnknownName(f"The site {missing[0]} is not written as the model names it. difflex sites lists them.")
+        masks = self._run.world.masks(items, sources, targets)
+        transfers = [
+            ItemTransfer(item, TransferMasks.of(item, own), recorded[source], recorded[target])
+            for item, own, source, target in zip(items, masks, *keys, strict=True)
+        ]
+        return _PreparedBatch(items, sources, targets, transfers, [self._directions(item) for item in items])
+
+    def _images(self, batch: _PreparedBatch) -> Iterator[tuple[EditArm, Images]]:
+        """Yield the images of each arm, the references first."""
+        yield from zip(REFERENCES, (batch.sources, batch.targets), strict=True)
+        for place in self._run.places:
+            by_count = self._deltas(place, batch)
+            for arm in place.arms(self._run.config):
+                deltas = by_count[arm.features]
+                hooks = transfer_hooks(dict(zip(batch.keys, deltas, strict=True)), arm.strength)
+                runs = _Runs(self._model, place.sites, batch.keys, hooks, every_step=False)
+                yield arm, runs.pixels(batch.keys)
+
+    def _deltas(self, place: TransferPlace, batch: _PreparedBatch) -> dict[int | None, list[dict[Site, Deltas]]]:
+        """Return what is added for each item, by how many parts are transferred."""
+        if place.method == "contrast":
+            pairs = zip(batch.transfers, batch.directions, strict=True)
+            return {None: [transfer.contrast_deltas(place.sites, directions) for transfer, directions in pairs]}
+        counts, encoders = place.counts(self._run.config), self._encoders(place)
+        by_item = [transfer.deltas(encoders, counts) for transfer in batch.transfers]
+        return {count: [own[number] for own in by_item] for number, count in enumerate(counts)}
+
+    def _encoders(self, place: TransferPlace) -> dict[Site, Encode]:
+        if place.method == "features":
+            return {ref.site: partial(CodedTokens, self._run.editor.dictionary(ref)) for ref in place.dictionaries}
+        return dict.fromkeys(place.sites, NeuronTokens if place.method == "neurons" else WholeTokens)
+
+    def _directions(self, item: EditItem) -> dict[Site, Tensor]:
+        """Return the directions of an item's contrasts at all of their sites."""
+        sites = dict.fromkeys(site for place in self._run.places if place.method == "contrast" for site in place.sites)
+        seeds = range(FIRST_PAIR, FIRST_PAIR + self._run.config.pairs) if sites else ()
+        keys = [(prompt, seed) for prompt in (item.source, item.target) for seed in seeds]
+        return contrast_directions(item, list(sites), _Runs(self._model, list(sites), keys).activations) if sites else {}
+
+    def _score(self, batch: _PreparedBatch, edited: Images) -> list[dict[str, float]]:
+        changed = [transfer.masks.changed for transfer in batch.transfers]
+        rows = self._scorer(batch.items, changed, batch.sources, batch.targets, edited)
+        judge = self._run.world.judge
+        judged = judge(batch.items, batch.sources, edited) if judge is not None else [{} for _ in rows]
+        return [{**verdict, **row} for verdict, row in zip(judged, rows, strict=True)]
+
+
+def _sheet(images: Images) -> bytes:
+    """Return a WebP file of images in rows, reduced to tiles."""
+    tiles, buffer = list(to_images(images)), io.BytesIO()
+    for tile in tiles:
+        tile.thumbnail((TILE, TILE))
+    (width, height), rows = tiles[0].size, math.ceil(len(tiles) / COLUMNS)
+    sheet = Image.new("RGB", (width * min(COLUMNS, len(tiles)), height * rows))
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % COLUMNS * width, number // COLUMNS * height))
+    sheet.save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
