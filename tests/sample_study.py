@@ -10,6 +10,9 @@ from PIL import Image
 from difflex.dictionaries import fingerprint
 from difflex.dictionaries.files import write_files
 from difflex.effects import ImageStrip, Provenance, SteeringConfig, SteeringResults, StrengthCurve, StrengthPoint
+from difflex.effects.edit_bench import EditArm, EditBenchConfig, EditBenchResults
+from difflex.effects.edit_bench.items import EditItem
+from difflex.effects.edit_bench.results import REFERENCES, EditedItem, summarise
 from difflex.effects.findings import Finding, FindingLine, Findings, FindingsConfig
 from difflex.effects.removal import RemovalConfig, RemovalRates, RemovalResults, RemovedConcept
 from difflex.evaluation import Evaluation
@@ -358,6 +361,34 @@ def write_findings(
     record.save(study.findings(Site.parse(site)))
 
 
+def write_edit_bench(study: Study, name: str = "drawn") -> None:
+    """Write results of the editing benchmark with the first dictionary of the study: two items of one type, one edited."""
+    ref = study.dictionaries()[0]
+    arms = [*REFERENCES, EditArm("features", str(ref), 16, 1.0), EditArm("features", str(ref), 16, 2.0)]
+    scores = [(0.0, 1.0), (1.0, 1.0), (0.5, 1.0), (1.0, 0.25)]
+    rows = [
+        {"success": success, "kept": kept, "score": success * kept, "outside": 0.1 * number, "toward": success}
+        for number, (success, kept) in enumerate(scores)
+    ]
+    items = [
+        EditedItem(
+            key="",
+            item=EditItem(id=f"colour-{number}", type="colour", source="a", target="b", seed=number),
+            scores={str(arm): row for arm, row in zip(arms, rows, strict=True)},
+            sheet="",
+        )
+        for number in range(2)
+    ]
+    EditBenchResults(
+        model=study.model,
+        world=name,
+        items=2,
+        cells=summarise(items, arms),
+        config=EditBenchConfig(),
+        provenance=Provenance.of(study, {ref: {}}),
+    ).save(study.edit_bench(name))
+
+
 def full_study(folder: Path) -> Study:
     """Return a study with records of every station: two sites, two sizes and k, variants, ITDA, concepts and anatomy."""
     study = new_study(folder)
@@ -378,6 +409,7 @@ def full_study(folder: Path) -> Study:
     write_steering(study, "double.1/topk-1024-k16")
     write_steering(study, "double.1/itda-1020-k16-first100", success=0.6)
     write_removal(study, "double.1/topk-1024-k16")
+    write_edit_bench(study)
     write_findings(study, "double.1", by={"out-of-distribution": "double.1/topk-1024-k16"})
     write_findings(study, "double.2")
     write_book(study, "double.1/itda-1020-k16-first100")
@@ -401,13 +433,19 @@ def _quality(fvu: float | None, r2: float | None) -> ReconstructionQuality:
 def _effect(share: float, similarity: Mapping[str, float]) -> ModelEffect:
     replaced = ReplacementEffect(reconstruction=share, mean=1.0, zero=2.0)
     ssim = ReplacementEffect(reconstruction=0.9, mean=0.2, zero=0.1)
+    distance = ReplacementEffect(reconstruction=10 * share, mean=30.0, zero=40.0)
     return ModelEffect(
         shots=4,
         prediction=replaced,
         timesteps=dict.fromkeys(TIMESTEPS, replaced),
         images=2,
         image_error=ReplacementEffect(reconstruction=0.001, mean=0.1, zero=0.2),
-        similarity={"ssim": ssim, **{name: replace(ssim, reconstruction=value) for name, value in similarity.items()}},
+        medians={"manhattan": distance},
+        similarity={
+            "ssim": ssim,
+            "manhattan": distance,
+            **{name: replace(ssim, reconstruction=value) for name, value in similarity.items()},
+        },
     )
 
 

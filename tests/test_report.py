@@ -53,7 +53,7 @@ def claim(study: Study, name: str, control_study: Study | None = None) -> Claim:
 
 
 EXPLANATIONS = {"explained", "falls", "surfaces"}
-STEERING = {"strengths", "steered", "points", "removal", "findings"}
+STEERING = {"strengths", "steered", "points", "removal", "findings", "edits", "edit_curves"}
 STEERING |= {"finding_pairs", "finding_out_of_distribution"}
 
 
@@ -75,7 +75,20 @@ def tips(page: str, figure: str) -> list[str]:
 
 def test_a_whole_study_has_every_figure(tmp_path: Path):
     page = page_of(full_study(tmp_path / "study"), control_study(tmp_path / "control"))
-    names = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "roles"}
+    names = {
+        "norms",
+        "spectra",
+        "dead",
+        "density",
+        "sweep",
+        "sites",
+        "timesteps",
+        "effect",
+        "replaced",
+        "features",
+        "coverage",
+        "roles",
+    }
     names |= {"dictionaries", "claims", "images", "wall", "paper"} | EXPLANATIONS | STEERING
     assert {path.stem for path in (tmp_path / "study" / "report").glob("*.csv")} == names
     assert set(re.findall(r'id="figure-(\w+)"', page)) == names
@@ -245,7 +258,8 @@ def test_the_same_study_gives_the_same_files_and_stale_ones_are_deleted(tmp_path
 
 def test_the_report_of_an_empty_study_names_every_verb(tmp_path: Path):
     page = page_of(new_study(tmp_path))
-    for verb in ("anatomy", "harvest", "train", "itda", "evaluate", "concepts", "steer-eval", "removal", "findings"):
+    steering = ("steer-eval", "removal", "edit-bench", "findings")
+    for verb in ("anatomy", "harvest", "train", "itda", "evaluate", "concepts", *steering):
         assert f"difflex {verb}" in page
     assert {own.verdict for own in judge_claims(read_facts(new_study(tmp_path)))} == {"not measured"}
     assert "<svg" not in page.replace("querySelectorAll", "")
@@ -848,6 +862,23 @@ def test_steering_results_that_are_not_finite_are_named_and_left_out(tmp_path: P
     change(path, lambda text: text.replace('"success": 0.9', f'"success": {value}', 1))
     assert f"{path} cannot be read as results of difflex steer-eval" in page_of(study)
     assert {row["dictionary"] for row in rows_of(study, "points")} == {"double.1/itda-1020-k16-first100"}
+
+
+def test_the_editing_benchmark_is_drawn_by_type_and_against_change_elsewhere(tmp_path: Path):
+    study = full_study(tmp_path)
+    page = page_of(study)
+    best = next(tip for tip in tips(page, "edits") if tip.startswith("colour: features"))
+    assert "score 0.50 (0.50 to 0.50)" in best  # strength 1 succeeds in half and keeps all, strength 2 keeps a quarter
+    rows = rows_of(study, "edit_curves")
+    assert [(row["method"], row["change elsewhere"], row["success"]) for row in rows] == [
+        ("none", "0.0", "0.0"),
+        ("prompt", "0.0", "1.0"),
+        ("features", "0.0", "0.5"),
+        ("features", "0.75", "1.0"),
+    ]
+    assert len(rows_of(study, "edits")) == 2 * 4 * 5
+    write_dictionary(study, str(study.dictionaries()[0]), weights=b"other")
+    assert "edit-bench/drawn.json is of older weights of its dictionaries" in page_of(study)
 
 
 def test_the_claim_about_removal_needs_half_of_the_colours_and_of_the_backgrounds(tmp_path: Path):

@@ -8,6 +8,7 @@ from statistics import median
 from typing import NamedTuple, TypeVar
 
 from difflex.effects import ImageStrip, SteeringResults, StrengthCurve
+from difflex.effects.edit_bench import EditBenchResults
 from difflex.effects.findings import Findings
 from difflex.effects.removal import RemovalResults
 from difflex.evaluation import Evaluation
@@ -199,6 +200,7 @@ class StudyFacts:
     steering: tuple[SteeringFacts, ...]
     removals: tuple[RemovalResults, ...]
     findings: tuple[Findings, ...]
+    edit_benches: tuple[EditBenchResults, ...]
     problems: tuple[str, ...]
     """Why files are left out, and what to do."""
 

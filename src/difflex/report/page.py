@@ -19,6 +19,7 @@ from difflex.report.facts import StudyFacts, group_by
 from difflex.report.figures import ReportFigure, ReportSection
 from difflex.report.figures.anatomy import anatomy
 from difflex.report.figures.concepts import concepts
+from difflex.report.figures.editing import editing
 from difflex.report.figures.effects import findings, removal
 from difflex.report.figures.explanations import explanations
 from difflex.report.figures.gallery import gallery, wall
@@ -176,6 +177,7 @@ SECTIONS: tuple[Callable[[StudyFacts], ReportSection], ...] = (
     gallery,
     steering,
     removal,
+    editing,
     findings,
     claims,
 )

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from difflex.dictionary_config import DictionaryConfig, fingerprint, read_config
 from difflex.effects import Provenance, SteeringResults
+from difflex.effects.edit_bench import EditBenchResults
 from difflex.effects.findings import Findings
 from difflex.effects.removal import RemovalResults
 from difflex.errors import DifflexError
@@ -25,7 +26,13 @@ from difflex.study import DictionaryRef, Study, read_log, recipe_record
 DETECTS = 0.8
 """The average precision from which on a feature detects a concept."""
 FILES = ("study.json", "run.json", "anatomy.json", "*/*/manifest.json", "*/*/*/config.json", "evaluation/*/*.json")
-FILES += ("concepts/*/*.json", "steering/judged/*/*.json", "steering/removal/*/*.json", "steering/findings/*.json")
+FILES += (
+    "concepts/*/*.json",
+    "steering/judged/*/*.json",
+    "steering/removal/*/*.json",
+    "steering/findings/*.json",
+    "steering/edit-bench/*.json",
+)
 """The files of a study of which the report shows the latest time."""
 T = TypeVar("T")
 
@@ -53,6 +60,7 @@ def read_facts(study: Study, control: Study | None = None) -> StudyFacts:
         steering=tuple(steering for dictionary in dictionaries if (steering := reader.steering(dictionary, matches)) is not None),
         removals=reader.removals(),
         findings=reader.findings(),
+        edit_benches=reader.edit_benches(),
         problems=tuple(dict.fromkeys(problems)),
     )
 
@@ -191,6 +199,16 @@ class _StudyReader:
         for path, results in self._load_all(RemovalResults.load, self.study.removals()):
             if results.model != self.study.model or self._changed(results.provenance):
                 self._reject(f"{path} is of older weights of its dictionaries. Run difflex removal again.")
+            else:
+                current.append(results)
+        return tuple(current)
+
+    def edit_benches(self) -> tuple[EditBenchResults, ...]:
+        """Return the results of the editing benchmark that are of the present weights of their dictionaries."""
+        current = []
+        for path, results in self._load_all(EditBenchResults.load, self.study.edit_benches()):
+            if results.model != self.study.model or self._changed(results.provenance):
+                self._reject(f"{path} is of older weights of its dictionaries. Run difflex edit-bench again.")
             else:
                 current.append(results)
         return tuple(current)
