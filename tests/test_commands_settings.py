@@ -29,10 +29,11 @@ WORDS = {
     "contrast": ["name", "--site", "double.1", "--positive", "a", "--negative", "b"],
     "steer-eval": ["--min-ap", "0.5", "--groups", "colour"],
     "removal": ["--groups", "background"],
+    "edit-bench": ["--method", "activations", "--site", "double.1"],
     "findings": ["--site", "double.1"],
 }
 """What each verb needs to come as far as the model."""
-JUDGED = ("steer-eval", "removal", "findings")
+JUDGED = ("steer-eval", "removal", "edit-bench", "findings")
 """The verbs whose images the judge of the drawn world reads, which are of one size."""
 
 

@@ -60,6 +60,7 @@ WRITING = {
     "steering/removal": ["removal", "study", *REMOVAL],
     "steering/findings": ["findings", "study", "--site", "double.1"],
     "steering/judged": ["steer-eval", "study", "--concepts", "concepts.toml", "--clip", "clip"],
+    "steering/edit-bench": ["edit-bench", "study", "--count", "1"],
     "steering/contrasts": ["contrast", "study", "red", "--site", "double.1", *PAIR],
     "concepts": ["concepts", "study", "--images", "160", "--noise", "0.25"],
     "out": ["steer", "study", "1", "--strength", "1", "--out", "study/out/steered.png"],
@@ -82,7 +83,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     assert (study.folder / place).read_text() == "in the way"
 
 
-@pytest.mark.parametrize("place", ["steering/removal/double.1", "steering/judged/double.1", "concepts/double.1+neurons"])
+@pytest.mark.parametrize(
+    "place", ["steering/removal/double.1", "steering/judged/double.1", "steering/edit-bench/drawn", "concepts/double.1+neurons"]
+)
 def test_a_second_process_is_refused_before_a_model_is_loaded(
     study: Study, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -26,8 +26,8 @@ from difflex.effects.edit_bench.items import (
     read_riebench,
     required_masks,
 )
+from difflex.effects.edit_bench.places import transfer_places
 from difflex.effects.edit_bench.results import REFERENCES, EditBenchConfig, EditBenchResults, EditedItem
-from difflex.effects.edit_bench.running import transfer_places
 from difflex.effects.edit_bench.transfer import (
     CodedTokens,
     ItemTransfer,
@@ -372,6 +372,7 @@ def test_a_killed_benchmark_continues_and_ends_with_the_same_results(drawn: Stud
     flags = ["edit-bench", "study", *FLAGS, "--count", "6"]
     study = Study.begin(tmp_path / "study", "mini-flux-small")
     folder = study.edit_bench("drawn").with_suffix("")
+    finished: list[Path] = []
     process = subprocess.Popen([sys.executable, "-m", "difflex", *flags], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
         while process.poll() is None and not (finished := list(folder.glob("*.json"))):

@@ -137,7 +137,9 @@ def test_the_recipes_of_the_package_hold_values_that_the_command_line_accepts(na
         check_values(command)
 
 
-WORK = "train itda neurons evaluate concepts collect features show explain steer icon contrast steer-eval removal compare"
+WORK = (
+    "train itda neurons evaluate concepts collect features show explain steer icon contrast steer-eval removal edit-bench compare"
+)
 
 
 @pytest.mark.parametrize("verb", WORK.split())
