@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from difflex.errors import DifflexError
     from difflex.evaluation import evaluate
     from difflex.explore.activations import grow_itda, train_sae
+    from difflex.explore.language import LanguageModel, load_language_model
     from difflex.explore.model import Model, load, open_study
     from difflex.miniature import Scenes, draw
     from difflex.pipeline import Pipeline
@@ -27,6 +28,7 @@ HOMES = {
     "DifflexError": "difflex.errors",
     "Edit": "difflex.records",
     "ITDA": "difflex.dictionaries",
+    "LanguageModel": "difflex.explore.language",
     "LiveActivations": "difflex.store",
     "Model": "difflex.explore.model",
     "Neurons": "difflex.dictionaries",
@@ -41,6 +43,7 @@ HOMES = {
     "fit": "difflex.training",
     "grow_itda": "difflex.explore.activations",
     "load": "difflex.explore.model",
+    "load_language_model": "difflex.explore.language",
     "open_study": "difflex.explore.model",
     "record": "difflex.store",
     "run_study": "difflex.study",
@@ -55,6 +58,7 @@ __all__ = [
     "Dictionary",
     "DifflexError",
     "Edit",
+    "LanguageModel",
     "LiveActivations",
     "Model",
     "Neurons",
@@ -69,6 +73,7 @@ __all__ = [
     "fit",
     "grow_itda",
     "load",
+    "load_language_model",
     "open_study",
     "record",
     "run_study",

@@ -45,6 +45,8 @@ MOST_ROWS = 1024
 KINDS: tuple[Kind, ...] = ("residual", "update", "neurons")
 STREAMS: tuple[Stream, ...] = ("image", "text")
 SMOOTH = "smooth"
+LAYER = "layer."
+"""What the short names of the blocks of language models begin with; their only stream is text, which their names leave out."""
 
 
 @dataclass(frozen=True, order=True)
@@ -58,6 +60,10 @@ class Site:
     stream: Stream = "image"
     smooth: bool = False
     """Image tokens are averaged: a quarter of the token, half of the 3 x 3 tokens around it, a quarter of the whole image."""
+
+    def __post_init__(self) -> None:
+        if self.path.startswith(LAYER):
+            object.__setattr__(self, "stream", "text")
 
     @classmethod
     def parse(cls, text: str | Site) -> Site:
@@ -78,7 +84,8 @@ class Site:
 
     def __str__(self) -> str:
         kind = "" if self.kind == "residual" else f":{self.kind}"
-        return self.path + kind + ("" if self.stream == "image" else f":{self.stream}") + self.smooth * f":{SMOOTH}"
+        stream = "" if self.stream == "image" or self.path.startswith(LAYER) else f":{self.stream}"
+        return self.path + kind + stream + self.smooth * f":{SMOOTH}"
 
     @property
     def folder(self) -> str:
@@ -106,6 +113,8 @@ class Shot:
     guidance: float
     timestep: float | None = None
     """The noise level in the scheduler's units (1000 is pure noise); None for a finished image."""
+    temperature: float | None = None
+    """Of a language model's samples, 0 for the most likely tokens; its `steps` are the tokens to write. None for images."""
     image: str | None = None
     """For activations of an existing image: its name or path. It was noised to the level `noise`."""
     noise: float | None = None
@@ -114,10 +123,11 @@ class Shot:
     """Fixed by a hash of the prompt or image, so that all seeds of a prompt are in the same split."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the shot as it is stored and hashed: without a text length that is the model's default."""
+        """Return the shot as it is stored and hashed: without a text length and a temperature that it does not have."""
         entries = asdict(self)
-        if self.text_length is None:
-            del entries["text_length"]
+        for name in ("text_length", "temperature"):
+            if entries[name] is None:
+                del entries[name]
         return entries
 
     @staticmethod

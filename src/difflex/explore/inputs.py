@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -14,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from difflex.dictionary_config import fingerprint
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.features import Book
-from difflex.files import file_sha256
+from difflex.files import file_sha256, write_file
 from difflex.records import Shot
 from difflex.study import DictionaryRef, Study, StudySettings
+from difflex.values import fits, shown
 
 if TYPE_CHECKING:
     from difflex.pipeline import Pipeline
@@ -184,3 +187,28 @@ def open_book(study: Study, ref: DictionaryRef) -> Book:
         book.close()
         raise
     return book
+
+
+def name_prompts(prompts: str | Path | Sequence[str], folder: Path) -> str:
+    """Return the name of the prompts: of a file, a data set or `captions`; a list is written to a file in `folder`."""
+    if isinstance(prompts, str | Path):
+        name = str(prompts)
+        if " " in name.strip() and not Path(name).exists():
+            raise BadInput(f"There is no file '{name:.100}'. If that is a prompt, give a list of prompts: [{name[:40]!r}, ...].")
+        return name
+    texts = [check_text(prompt) for prompt in prompts]
+    if not texts:
+        raise BadInput("There are no prompts. Give a list with at least one.")
+    content = "".join(json.dumps(text) + "\n" for text in texts).encode()
+    path = folder / f"prompts-{hashlib.sha256(content).hexdigest()[:8]}.jsonl"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(path, content)
+    return str(path)
+
+
+def check_text(prompt: str) -> str:
+    """Return a prompt that is not empty."""
+    if not fits(str, prompt) or not prompt.strip():
+        raise BadInput(f"{shown(prompt)} is not a prompt. A prompt is text that is not empty.")
+    return prompt

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import ParamSpec, final, overload
 
-from torch import Tensor
-
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation.concepts import ConceptsConfig
 from difflex.explore.activations import SiteActivations
 from difflex.explore.dictionary import FeatureDictionary, Features, found_features
 from difflex.explore.display import caption, facts, heading, scrolled, table
-from difflex.explore.edits import Editing, FeatureEdits
+from difflex.explore.edits import Edits, read_edits
 from difflex.explore.images import ComparedImages, Images
-from difflex.explore.inputs import CAPTIONS, harvest_settings, harvested_settings, load_model, read_prompts, study_shots
+from difflex.explore.inputs import (
+    CAPTIONS,
+    harvest_settings,
+    harvested_settings,
+    load_model,
+    name_prompts,
+    read_prompts,
+    study_shots,
+)
 from difflex.explore.search import search
 from difflex.explore.tables import ConceptTable, Evaluations
 from difflex.explore.workspace import Workspace, temporary_folder
-from difflex.files import write_file
 from difflex.pipeline import Pipeline
 from difflex.pipeline import load as load_pipeline
-from difflex.records import HookContext, Site
+from difflex.records import Site
 from difflex.store import RecordingConfig, record
 from difflex.study import Study, StudySettings
 from difflex.values import fits, shown
@@ -36,8 +39,6 @@ __all__ = ["Model", "OpenStudy", "load", "open_study"]
 BLOCKS = 8
 """Blocks that are named one by one."""
 Parameters = ParamSpec("Parameters")
-SiteFunction = Callable[[Tensor, HookContext], Tensor | None]
-Edits = Editing | Iterable[Editing | tuple[Site | str, SiteFunction]]
 
 
 @final
@@ -109,7 +110,7 @@ class Model(Pipeline):
         folder = temporary_folder() if out is None else Path(out)
         workspace = Workspace(Study.open_or_plan(folder, self.name, self.revision), lambda: self, is_temporary=out is None)
         study = workspace.study
-        settings = harvest_settings(self, replace(wishes, prompts=_name_prompts(prompts, folder)))
+        settings = harvest_settings(self, replace(wishes, prompts=name_prompts(prompts, folder)))
         source = read_prompts(settings.prompts or CAPTIONS, None)
         if source.is_endless and tokens is None:
             raise BadInput(f"The {CAPTIONS} are endless: say how many tokens to store, as in tokens=200_000.")
@@ -136,7 +137,7 @@ class Model(Pipeline):
         `edits` are features, times a strength or at their default strength, sums and lists of them, and functions of the
         activations of sites as in `at`. Edited images show themselves beside the unedited ones.
         """
-        hooks, description = self._read_edits(edits)
+        hooks, description = read_edits(edits, self.name, self.revision)
         generate = partial(super().generate, prompts, seed, steps, pixels, guidance, batch)
         return Images(generate(hooks), description, (lambda: Images(generate())) if description else None)
 
@@ -157,22 +158,6 @@ class Model(Pipeline):
         several = edits.values() if isinstance(edits, Mapping) else edits
         columns = [self.generate(prompts, seed, steps, pixels, guidance, batch, each) for each in several]
         return ComparedImages(columns, [str(name) for name in edits] if isinstance(edits, Mapping) else ())
-
-    def _read_edits(self, edits: Edits) -> tuple[list[tuple[Site | str, SiteFunction]], str]:
-        """Return edits as functions at sites, and in words."""
-        items = list(edits) if isinstance(edits, Iterable) else [edits]
-        features, hooks = FeatureEdits(()), list[tuple[Site | str, SiteFunction]]()
-        for item in items:
-            if isinstance(item, Editing):
-                features = features + item
-            elif isinstance(item, tuple) and len(item) == 2:
-                hooks.append(item)
-            else:
-                raise BadInput(
-                    f"{shown(item)} is not an edit. Give features, as in 1.5 * dictionary.feature(7), or a list of them."
-                )
-        words = [str(features)] * bool(features.parts) + [f"a function at {site}" for site, _ in hooks]
-        return [*features.hooks(self.name, self.revision), *hooks], ", ".join(words)
 
     def _facts(self) -> dict[str, object]:
         engine, run = self.engine, next(self.shots(""))
@@ -304,28 +289,3 @@ def _read_seeds(seeds: Sequence[int]) -> tuple[int, int]:
     if not numbers or not all(fits(int, seed) for seed in numbers) or numbers != [*range(numbers[0], numbers[0] + len(numbers))]:
         raise BadInput(f"The seeds {shown(seeds)} do not follow one another. Give some that do: range(4), or [7] for one.")
     return numbers[0], numbers[-1] + 1
-
-
-def _name_prompts(prompts: str | Path | Sequence[str], folder: Path) -> str:
-    """Return the name of the prompts: of a file, a data set or `captions`; a list is written to a file in `folder`."""
-    if isinstance(prompts, str | Path):
-        name = str(prompts)
-        if " " in name.strip() and not Path(name).exists():
-            raise BadInput(f"There is no file '{name:.100}'. If that is a prompt, give a list of prompts: [{name[:40]!r}, ...].")
-        return name
-    texts = [check_text(prompt) for prompt in prompts]
-    if not texts:
-        raise BadInput("There are no prompts. Give a list with at least one.")
-    content = "".join(json.dumps(text) + "\n" for text in texts).encode()
-    path = folder / f"prompts-{hashlib.sha256(content).hexdigest()[:8]}.jsonl"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(path, content)
-    return str(path)
-
-
-def check_text(prompt: str) -> str:
-    """Return a prompt that is not empty."""
-    if not fits(str, prompt) or not prompt.strip():
-        raise BadInput(f"{shown(prompt)} is not a prompt. A prompt is text that is not empty.")
-    return prompt

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock
@@ -52,19 +53,14 @@ class DenoiserCall(NamedTuple):
     """The number of steps of the run; None if unknown."""
 
 
-@final
-class CallTracker:
+class CallTracker(ABC):
     """The current call of the denoiser, tracked by a hook as long as at least one `tracking` block is open."""
 
-    def __init__(self, pipeline: DiffusionPipeline, family: Family) -> None:
-        self._pipeline = pipeline
-        self._denoiser: nn.Module = pipeline.components[family.denoiser]
-        self._family = family
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._denoiser = denoiser
+        self._signature = inspect.signature(type(denoiser).forward)
         self._blocks = 0
         self._call: DenoiserCall | None = None
-        self._cache_context: str | None = None
-        self.run: RunContext | None = None
-        """The run that is being computed, if difflex started it."""
         self._lock, self._open_at = RLock(), 0
         self._site: Site | None = None
         """The site whose function is running."""
@@ -122,13 +118,45 @@ class CallTracker:
         finally:
             self._blocks -= 1
             if self._blocks == 0:
-                self._handle.remove()
-                self._denoiser.__dict__.pop("cache_context", None)
-                self._call = self._cache_context = None
+                self._release()
+                self._call = None
 
     def _register(self) -> None:
-        self._signature = inspect.signature(type(self._denoiser).forward)
         self._handle = self._denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True)
+
+    def _release(self) -> None:
+        self._handle.remove()
+
+    def _before_call(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise BadInput(OTHER_THREAD)
+        self._lock.release()
+        self.check_idle()
+        self._call = self._read_call(module, self._signature.bind_partial(module, *args, **kwargs).arguments)
+
+    @abstractmethod
+    def _read_call(self, module: nn.Module, arguments: Mapping[str, object]) -> DenoiserCall:
+        """Return what the denoiser is called with `arguments` for."""
+
+
+@final
+class DiffusionTracker(CallTracker):
+    """The calls of the denoiser of a diffusers pipeline."""
+
+    def __init__(self, pipeline: DiffusionPipeline, family: Family) -> None:
+        super().__init__(pipeline.components[family.denoiser])
+        self._pipeline, self._family = pipeline, family
+        self._cache_context: str | None = None
+        self.run: RunContext | None = None
+        """The run that is being computed, if difflex started it."""
+
+    def _release(self) -> None:
+        super()._release()
+        self._denoiser.__dict__.pop("cache_context", None)
+        self._cache_context = None
+
+    def _register(self) -> None:
+        super()._register()
         original = getattr(self._denoiser, "cache_context", None)  # not all models of diffusers have it
         if original is not None:
 
@@ -143,17 +171,12 @@ class CallTracker:
 
             self._denoiser.__dict__["cache_context"] = cache_context
 
-    def _before_call(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise BadInput(OTHER_THREAD)
-        self._lock.release()
-        self.check_idle()
-        arguments = self._signature.bind_partial(module, *args, **kwargs).arguments
+    def _read_call(self, module: nn.Module, arguments: Mapping[str, object]) -> DenoiserCall:
         sample = _tensor(arguments, "hidden_states", "sample")
         text = _tensor(arguments, "encoder_hidden_states")
         assert sample is not None
         step, timestep = self._time(_tensor(arguments, "timestep"))
-        self._call = DenoiserCall(
+        return DenoiserCall(
             step=step,
             timestep=timestep,
             steps=1 if self.run and self.run.timestep is not None else len(self._pipeline.components["scheduler"].timesteps),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import groupby, islice
-from typing import NamedTuple, NoReturn, TypeVar, cast, final
+from typing import NamedTuple, NoReturn, Protocol, TypeVar, cast, final
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, NonFinite, OutOfMemory
-from difflex.pipeline.calls import CallTracker, RunContext, StopForward
+from difflex.pipeline.calls import CallTracker, DiffusionTracker, RunContext, StopForward
 from difflex.pipeline.families import Family
 from difflex.pipeline.prompts import PromptEncoder
 from difflex.pipeline.sites import SiteMap
@@ -31,6 +31,16 @@ Arguments = tuple[tuple[object, ...], dict[str, object]]
 ADVICE = "Load the model with precision='nf4' or offload=True, or use fewer pixels or a smaller batch."
 
 
+class BatchEngine(Protocol):
+    """What `map_batches` needs to know of an engine."""
+
+    sharded: bool
+    max_batch: int | None
+
+    @property
+    def tracker(self) -> CallTracker: ...
+
+
 @final
 class Engine:
     """A diffusers pipeline with its family, defaults, prompt encoder, call tracker and sites."""
@@ -40,7 +50,7 @@ class Engine:
         self.family = family
         self.defaults = defaults
         self.encoder = PromptEncoder(diffusers, family, defaults.text_length)
-        self.tracker = CallTracker(diffusers, family)
+        self.tracker = DiffusionTracker(diffusers, family)
         self.sites = SiteMap(self.denoiser, family)
         self.sharded = False
         """Whether the denoiser is sharded over ranks; then all ranks must call it equally often."""
@@ -249,7 +259,7 @@ def map_runs(
 
 
 def map_batches(
-    engine: Engine, function: Callable[[Sequence[Item]], Result], items: Iterable[Item], size: int, split: bool = False
+    engine: BatchEngine, function: Callable[[Sequence[Item]], Result], items: Iterable[Item], size: int, split: bool = False
 ) -> Iterator[tuple[Sequence[Item], Result]]:
     """Yield batches of `items` with the result of `function` for each. When memory runs out, halve the batch size for good.
 
@@ -276,7 +286,7 @@ def map_batches(
             yield own, result
 
 
-def _halve_batch(engine: Engine, size: int, error: torch.OutOfMemoryError) -> None:
+def _halve_batch(engine: BatchEngine, size: int, error: torch.OutOfMemoryError) -> None:
     if size == 1 or engine.sharded:
         raise OutOfMemory(f"A batch of {size} does not fit into the memory of the GPU. {ADVICE}") from error
     error.__traceback__ = None  # it holds the tensors of the failed run

@@ -64,7 +64,7 @@ def load(
     if precision == "auto":
         choice = choose_precision(name, device, revision, offload or (False if sharded else None), untrained, offline, sharded)
         precision, offload = choice.precision, choice.offload
-    precision = _check_precision(precision, device)
+    precision = check_precision(precision, device)
     if offload and device.type != "cuda":
         warnings.warn(f"offload=True has no effect: the model is on {device}, not on a GPU.", stacklevel=2)
         offload = False
@@ -84,10 +84,10 @@ def load(
     pipeline.set_progress_bar_config(disable=True)
     engine = Engine(pipeline, family, read_defaults(source.folder, family, plan))
     engine.set_text_length(text_length)
-    check_whole(source.name, pipeline)
+    check_whole(source.name, pipeline.components)
     if not sharded and not offload and (device.type != "cpu" or precision != "nf4"):
         pipeline.to(device)
-    check_finite(source.name, pipeline)  # on the GPU where possible: there it takes no time
+    check_finite(source.name, pipeline.components)  # on the GPU where possible: there it takes no time
     if sharded:
         engine.shard(device)
     elif offload:
@@ -144,7 +144,8 @@ def _shown(fit: PrecisionFit) -> str:
     return f"{fit.precision} with offload" if fit.offload else fit.precision
 
 
-def _check_precision(name: str | None, device: torch.device) -> Precision:
+def check_precision(name: str | None, device: torch.device) -> Precision:
+    """Return the precision called `name`, by default fp32 on a CPU and bf16 elsewhere."""
     if name is None:
         return "fp32" if device.type == "cpu" else "bf16"
     for precision in get_args(Precision):

@@ -42,7 +42,7 @@ class SiteMap:
 
     def __init__(self, denoiser: nn.Module, family: Family) -> None:
         self._family = family
-        self._prefix = f"{family.denoiser}."
+        self._prefix = f"{family.denoiser}." if family.denoiser else ""
         self._modules = {self._prefix + path: module for path, module in denoiser.named_modules() if path}
         self.blocks: dict[str, tuple[str, BlockPattern]] = {}
         """Module path and row of each block by short name, in the order of the model."""
@@ -297,13 +297,13 @@ def _apply_by_half(
         for part, name in zip(parts, call.halves, strict=True)
     ]
     for new, part in zip(results, parts, strict=True):
-        _check_result(site, new, part)
+        check_result(site, new, part)
     if all(new is None for new in results):
         return None
     return torch.cat([part if new is None else new.to(part) for new, part in zip(results, parts, strict=True)])
 
 
-def _check_result(site: Site, new: object, part: Tensor) -> None:
+def check_result(site: Site, new: object, part: Tensor) -> None:
     """Raise an error if what a function returned cannot replace `part`. Another dtype and another device are converted."""
     if new is None:
         return

@@ -16,7 +16,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.files import disk_errors, parsing, read_json
@@ -36,6 +36,8 @@ NAMES = "Name a folder by its path (./my-model), a hub model as OWNER/NAME."
 COPY_AGAIN = "Copy or download it again."
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 DEFAULTS, INDEX = "difflex.json", "model_index.json"
+CONFIG = "config.json"
+"""What a language model of transformers has in place of the index."""
 
 
 class ModelSource(NamedTuple):
@@ -120,15 +122,37 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def embedded() -> dict[str, Path]:
-    """Return the folders of the models inside the package by name."""
+def embedded(index: str = INDEX) -> dict[str, Path]:
+    """Return the folders of the models inside the package by name: of image models, or those with another file as `index`."""
     root = Path(str(files("difflex") / "models"))
-    return {index.parent.name: index.parent for index in sorted(root.glob(f"*/{INDEX}"))}
+    return {file.parent.name: file.parent for file in sorted(root.glob(f"*/{index}"))}
 
 
 def find(name: str | Path, revision: str | None = None) -> ModelSource:
-    """Find the model `name` in the package, in a folder or on the hub, from which nothing is downloaded yet."""
-    models = embedded()
+    """Find the image model `name` in the package, in a folder or on the hub, from which nothing is downloaded yet."""
+    place = embedded(CONFIG).get(str(name)) or (_folder(str(name)) if fits(str, str(name)) and str(name).strip() else Path())
+    if (place / CONFIG).is_file() and not (place / INDEX).is_file():
+        check_no_language_model(str(name), place)
+    return find_source(name, revision, INDEX, "a diffusers pipeline")
+
+
+def check_no_language_model(name: str, place: str | Path, **options: object) -> None:
+    """Refuse a language model where an image model is needed; `options` are for reading its config from the hub."""
+    try:
+        with quiet("transformers"):
+            config = AutoConfig.from_pretrained(os.fspath(place), **options)
+    except Exception:  # whatever it is, it is no language model that transformers can read
+        return
+    if any("CausalLM" in kind or "LMHead" in kind for kind in config.architectures or ()):
+        raise BadInput(
+            f"'{name}' is a language model, and this needs an image model: a diffusers pipeline. "
+            "difflex.load_language_model opens it, for activations, dictionaries, contrasts and edits of its text."
+        )
+
+
+def find_source(name: str | Path, revision: str | None, index: str, what: str) -> ModelSource:
+    """Find the model `name` in the package, in a folder with the file `index`, which makes it `what`, or on the hub."""
+    models = embedded(index)
     if not isinstance(name, str | Path) or not fits(str, str(name)) or not str(name).strip():
         raise UnknownName.among("The model", shown(name), models, NAMES)
     folder = _folder(str(name))
@@ -137,8 +161,8 @@ def find(name: str | Path, revision: str | None = None) -> ModelSource:
     if str(name) in models:
         return ModelSource(str(name), models[str(name)], None)
     if folder.is_dir():
-        if not (folder / INDEX).is_file():
-            raise BadInput(f"The folder {folder} has no {INDEX}: it is not a diffusers pipeline. Name the folder that has one.")
+        if not (folder / index).is_file():
+            raise BadInput(f"The folder {folder} has no {index}: it is not {what}. Name the folder that has one.")
         return ModelSource(str(name), folder, None)
     if folder.exists():
         raise BadInput(f"{folder} is a file, not a model. {NAMES}")
@@ -170,6 +194,7 @@ def plan_of(source: ModelSource, offline: bool) -> PipelinePlan:
             raise BrokenFile(
                 f"The configs of the model in {source.folder} cannot be read: {first_line(error)}. {COPY_AGAIN}"
             ) from error
+        check_no_language_model(source.name, source.name, revision=source.revision, local_files_only=offline)
         raise _unreachable(source, offline, error) from error
 
 
@@ -298,18 +323,18 @@ def _ending(name: str) -> str:
     return ".".join(name.split(".")[-4:])
 
 
-def check_whole(name: str, pipeline: DiffusionPipeline) -> None:
+def check_whole(name: str, parts: Mapping[str, object]) -> None:
     """Raise an error that names the first tensor of a model that its files do not hold."""
-    for part, component in pipeline.components.items():
+    for part, component in parts.items():
         for path, tensor in component.state_dict().items() if isinstance(component, nn.Module) else ():
             if tensor.is_meta:
                 raise BrokenFile(f"The files of the model '{name}' do not hold the weights {part}.{path}. {COPY_AGAIN}")
 
 
 @torch.no_grad()
-def check_finite(name: str, pipeline: DiffusionPipeline) -> None:
+def check_finite(name: str, parts: Mapping[str, object]) -> None:
     """Raise an error that names the first tensor of a model that holds NaN or infinity."""
-    for part, component in pipeline.components.items():
+    for part, component in parts.items():
         for path, tensor in component.state_dict().items() if isinstance(component, nn.Module) else ():
             # A sum of finite numbers may overflow, but one with NaN or infinity is never finite.
             if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
