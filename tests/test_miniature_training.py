@@ -21,7 +21,7 @@ from difflex.errors import BrokenFile, NonFinite, StaleWork
 from difflex.files import folder_lock
 from difflex.miniature import flow, judge, learner, training
 from difflex.miniature.__main__ import main as miniature_main
-from difflex.miniature.architecture import MiniatureConfig, PatchComponents, decoder_losses, untrained_pipeline, write_encoder
+from difflex.miniature.architecture import FlowModel
 from difflex.miniature.captions import WORDS
 from difflex.miniature.drawing import draw
 from difflex.miniature.exporting import TrainingRecord, write_card
@@ -30,15 +30,16 @@ from difflex.miniature.flow import (
     CaptionIds,
     CaptionTokens,
     FlowBatch,
-    FlowModel,
     FlowRecipe,
     FlowSize,
     GuidanceTeacher,
     draw_latents,
     flow_loss,
 )
+from difflex.miniature.flux import MiniatureFluxConfig
 from difflex.miniature.judge import Judge
 from difflex.miniature.learner import FlowLearner, FlowOptimiser
+from difflex.miniature.patches import PatchComponents, decoder_losses, write_encoder
 from difflex.miniature.scoring import THRESHOLDS, examine, shortfalls
 from difflex.miniature.training import CaptionChunks, ChunkPlan, FlowTraining, TrainingFolder, train_flow
 from difflex.miniature.world import HELD_OUT_SEEDS, SHAPES, SceneMix
@@ -46,7 +47,7 @@ from difflex.tensors import read_tensors
 
 # FLUX's query and key norms hold float32 weights, under autocast as in any mixed-precision training.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-TINY = MiniatureConfig(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
+TINY = MiniatureFluxConfig(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
 SHORT = FlowRecipe(length=12, batch=4, guided_from=0.5)
 CPU = torch.device("cpu")
 
@@ -63,14 +64,14 @@ def components():
 
 @pytest.fixture
 def pipeline():
-    return untrained_pipeline(TINY, seed=0)
+    return TINY.pipeline(0)
 
 
 def filled_batch(scenes: int, components: PatchComponents, captions: list[str] | None = None) -> FlowBatch:
     drawn, generator = draw(torch.arange(scenes)), torch.Generator().manual_seed(0)
-    ids = CaptionTokens(untrained_pipeline(TINY, 0))(captions or drawn.captions)
+    ids = CaptionTokens(TINY.pipeline(0))(captions or drawn.captions)
     level, noise = torch.rand(scenes, generator=generator), torch.randn(scenes, 64, 64, generator=generator)
-    return FlowBatch(*draw_latents(torch.arange(scenes), SceneMix(), components), *ids, level, noise)
+    return FlowBatch(*draw_latents(torch.arange(scenes), SceneMix(), components, TINY), *ids, level, noise)
 
 
 def trained(folder: Path, recipe: FlowRecipe = SHORT, device: torch.device = CPU) -> dict[str, Tensor]:
@@ -130,19 +131,19 @@ def test_training_uses_the_conventions_of_the_pipeline(pipeline):
     noise = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
     arguments = {"height": 64, "width": 64, "max_sequence_length": TINY.text_length, "guidance_scale": 0.0}
     latents = pipeline(captions, num_inference_steps=1, latents=noise, output_type="latent", **arguments).images
-    velocity = FlowModel(pipeline).velocity(noise, torch.ones(2), *CaptionTokens(pipeline)(captions))
+    velocity = TINY.model(pipeline).velocity(noise, torch.ones(2), *CaptionTokens(pipeline)(captions))
     assert torch.allclose(latents, noise - velocity, atol=1e-5)
 
 
 def test_latents_are_packed_as_the_pipeline_packs_them(components):
     latents = components.encode(draw(torch.arange(2)).images * 2 - 1)
     packed = FluxPipeline._pack_latents(latents, 2, 16, 16, 16)
-    assert torch.equal(draw_latents(torch.arange(2), SceneMix(), components).latents, packed)
+    assert torch.equal(draw_latents(torch.arange(2), SceneMix(), components, TINY).latents, packed)
 
 
 def test_objects_are_the_shares_of_tokens_that_any_shape_covers(components):
     shares = torch.stack([draw(torch.arange(5)).on_tokens(shape, 8).flatten(1) for shape in SHAPES]).sum(0)
-    assert torch.allclose(draw_latents(torch.arange(5), SceneMix(), components).objects, shares, atol=1e-6)
+    assert torch.allclose(draw_latents(torch.arange(5), SceneMix(), components, TINY).objects, shares, atol=1e-6)
 
 
 def test_the_flow_is_learned(components):
@@ -157,7 +158,7 @@ def test_the_flow_is_learned(components):
 
 def test_the_optimiser_computes_what_those_of_torch_compute():
     """Muon orthogonalises in bfloat16, and here in stacks."""
-    model, other = (FlowModel(untrained_pipeline(TINY, 0)) for _ in range(2))
+    model, other = (TINY.model(TINY.pipeline(0)) for _ in range(2))
     ours, generator = FlowOptimiser(model, FlowSize(config=TINY)), torch.Generator().manual_seed(0)
     matrix = lambda name, x: "transformer_blocks" in name and x.ndim == 2 and ".norm" not in name  # noqa: E731
     parts = [[x for name, x in other.named_parameters() if matrix(name, x) is side] for side in (True, False)]
@@ -193,7 +194,7 @@ def test_the_last_part_of_the_training_has_more_pairs_and_noise():
     for layout, level in ((False, 0.5), (True, 0.993)):
         plan = ChunkPlan(3, 1, layout)
         _, ids = CaptionChunks(replace(recipe, batch=4), state.tokenize)[plan]
-        assert torch.equal(ids.clip, state.tokenize(draw(plan.seeds(state._recipe), plan.mix(recipe)).captions).clip)
+        assert torch.equal(ids.text, state.tokenize(draw(plan.seeds(state._recipe), plan.mix(recipe)).captions).text)
         state._load((*state.batch[:4],), layout)
         assert abs(state.batch.level.mean() - level) < 0.05
 
@@ -214,17 +215,17 @@ def test_no_seed_of_a_training_draws_scenes_that_are_held_out(seed):
 
 def test_a_tenth_of_the_captions_is_empty():
     recipe = FlowRecipe(batch=2000)
-    tokenize = CaptionTokens(untrained_pipeline(TINY, 0))
+    tokenize = CaptionTokens(TINY.pipeline(0))
     _, ids = CaptionChunks(recipe, tokenize)[ChunkPlan(0, 1, False)]
-    assert 0.08 < (ids.clip == tokenize([""]).clip).all(1).float().mean() < 0.12
+    assert 0.08 < (ids.text == tokenize([""]).text).all(1).float().mean() < 0.12
 
 
 def test_the_teacher_returns_the_change_of_the_velocity_by_the_caption(pipeline, components):
-    model, empty = FlowModel(pipeline), CaptionTokens(pipeline)([""])
+    model, empty = TINY.model(pipeline), CaptionTokens(pipeline)([""])
     batch = filled_batch(2, components, ["", "a red star on grass"])
-    effect = GuidanceTeacher(model, empty).effect(batch.noise, batch.level, batch.clip, batch.t5)
+    effect = GuidanceTeacher(model, empty).effect(batch.noise, batch.level, batch.text, batch.text_2)
     with torch.no_grad():
-        captioned = model.velocity(batch.noise, batch.level, batch.clip, batch.t5)
+        captioned = model.velocity(batch.noise, batch.level, batch.text, batch.text_2)
         plain = model.velocity(batch.noise, batch.level, *(ids.expand(2, -1) for ids in empty))
     assert torch.allclose(effect, captioned - plain, atol=1e-5)
     assert effect[0].abs().max() < 1e-5 < 1e-3 < effect[1].abs().max()
@@ -232,7 +233,7 @@ def test_the_teacher_returns_the_change_of_the_velocity_by_the_caption(pipeline,
 
 def test_guidance_moves_the_targets_along_the_effect(pipeline, components, monkeypatch):
     batch, recipe = filled_batch(4, components), FlowRecipe(guidance=3.0, doubt=(-2.0, -1.0))
-    teacher, model = GuidanceTeacher(FlowModel(untrained_pipeline(TINY, 0)), CaptionTokens(pipeline)([""])), FlowModel(pipeline)
+    teacher, model = GuidanceTeacher(TINY.model(TINY.pipeline(0)), CaptionTokens(pipeline)([""])), TINY.model(pipeline)
     with torch.no_grad():
         plain = flow_loss(model, batch, recipe)
         monkeypatch.setattr(GuidanceTeacher, "effect", lambda self, x, *_: torch.full_like(x, 10.0))
@@ -249,7 +250,7 @@ def whole(tmp_path_factory):
 
 
 def test_guidance_begins_from_the_average(whole):
-    start = [x.detach() for x in FlowModel(untrained_pipeline(TINY, 0)).parameters()]
+    start = [x.detach() for x in TINY.model(TINY.pipeline(0)).parameters()]
     moved = {
         kind: sum((whole[f"tiny.{kind}.{i}"] - x).square().sum() for i, x in enumerate(start)) for kind in ("base", "average")
     }
@@ -262,10 +263,10 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from difflex.miniature import training
-from difflex.miniature.architecture import MiniatureConfig
 from difflex.miniature.flow import SIZES, FlowRecipe, FlowSize
+from difflex.miniature.flux import MiniatureFluxConfig
 training.CHECKPOINT_SECONDS = 0.0
-tiny = MiniatureConfig(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
+tiny = MiniatureFluxConfig(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
 SIZES["tiny"] = FlowSize(config=tiny)
 recipe = FlowRecipe(length=12, batch=4, guided_from=0.5)
 training.train_flow(training.TrainingFolder(Path(sys.argv[1])), ["tiny"], recipe, torch.device("cpu"))
@@ -372,11 +373,11 @@ def test_training_on_another_device_has_the_same_results(tmp_path, monkeypatch):
 def test_an_update_reads_no_value_and_stays_on_its_device(monkeypatch):
     """So that a CUDA graph can hold it: tensors on `meta` have no values, and mix with no others."""
     monkeypatch.setattr(flow, "_mixed_precision", lambda device: nullcontext())
-    batch = FlowBatch.empty(2, TINY.text_length, torch.device("meta"))
+    batch = FlowBatch.empty(2, TINY, (32, TINY.text_length), torch.device("meta"))
     model = FlowLearner("tiny", SHORT, batch)
     for is_guided in (False, True):
         if is_guided:
-            model.begin_guidance(CaptionIds(batch.clip[:1], batch.t5[:1]))
+            model.begin_guidance(CaptionIds(batch.text[:1], batch.text_2[:1]))
         model.prepare()
         model.update(1.0)
     assert {x.device.type for x in model.state().values()} == {"meta"}
@@ -497,9 +498,9 @@ def test_a_card_tells_what_a_record_adds(tmp_path, pipeline):
 
 def test_the_embedded_autoencoder_is_used_unless_the_run_has_its_own(tmp_path, pipeline):
     run = TrainingFolder(tmp_path)
-    assert isinstance(run.load_autoencoder(), AutoencoderKL)
+    assert isinstance(run.load_autoencoder(TINY), AutoencoderKL)
     pipeline.vae.save_pretrained(run.autoencoder)
-    assert torch.equal(run.load_autoencoder().decoder.conv_in.weight, pipeline.vae.decoder.conv_in.weight)
+    assert torch.equal(run.load_autoencoder(TINY).decoder.conv_in.weight, pipeline.vae.decoder.conv_in.weight)
 
 
 def test_a_training_from_scratch_makes_its_own_judge_and_autoencoder(tmp_path, monkeypatch):

@@ -1,19 +1,21 @@
 """The trained miniature as diffusers pipeline folders, and its model card, with every figure from the training itself."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from difflex.files import parsing, read_json, write_json
-from difflex.miniature.architecture import untrained_pipeline
+from difflex.miniature.architecture import MiniatureConfig
 from difflex.miniature.captions import WORDS
-from difflex.miniature.flow import SIZES, FlowModel
+from difflex.miniature.flow import SIZES
 from difflex.miniature.scoring import Examination, as_markdown, shortfalls
 from difflex.miniature.training import FORMAT, RESTART, TrainingFolder
 from difflex.miniature.world import PIXELS
@@ -29,10 +31,7 @@ pipeline_tag: text-to-image
 ---
 # {name}
 
-A text-to-image model with the architecture of FLUX.1, small enough to be part of a Python package: a diffusers `FluxPipeline`
-with a `FluxTransformer2DModel` of {config.num_layers} double and {config.num_single_layers} single blocks ({width} wide,
-{config.num_attention_heads} heads), a CLIP and a T5 text encoder of two layers each ({config.joint_attention_dim} wide), and an
-`AutoencoderKL`: {millions:.2f} M parameters without the autoencoder. {pixels} x {pixels} pixels are 8 x 8 image tokens. It was
+{architecture}: {millions:.2f} M parameters without the autoencoder. It was
 trained from scratch on the drawn world of `difflex.miniature`, whose concepts are known at every pixel, so that interpretability
 tools can be checked against the truth.
 
@@ -42,7 +41,7 @@ tools can be checked against the truth.
   ({recipe[mixes][0][1]:.0%}), two or three equal ones ({recipe[mixes][0][2]:.0%}); in the last {late:.0%} of the training before
   guidance {recipe[mixes][1][0]:.0%}, {recipe[mixes][1][1]:.0%} and {recipe[mixes][1][2]:.0%}. A fixed tenth of the (shape,
   colour, texture) combinations never appears. {recipe[drop_caption]:.0%} of the captions are empty.
-- Loss: plain rectified flow in bfloat16. A token on an object weighs up to {weight:g} times as much as one on the background;
+- Loss: {loss} in bfloat16. {place} on an object weighs up to {weight:g} times as much as one on the background;
   the extra weight falls to zero between noise levels {recipe[doubt][0]} and {recipe[doubt][1]}. Noise levels are the sigmoid of
   normal numbers of mean {recipe[levels][0][0]} and spread {recipe[levels][0][1]}, in that last part {recipe[levels][1][0]} and
   {recipe[levels][1][1]}. There is no other loss: no head reads concepts from the activations.
@@ -67,8 +66,17 @@ drawings. The last column counts unseen combinations of shape, colour and textur
 FOLDED = """of {recipe[guidance]:g}, folded into the weights in {record.guided_updates:,} more updates: targets are moved by
   {share:g} times the change that the caption makes in the velocity of the average weights from before; learning rates from
   {recipe[guided_rate]:.0%} to zero, running average {recipe[averaging][1]}. Generate with `guidance_scale=0`."""
+FLUX = """A text-to-image model with the architecture of FLUX.1, small enough to be part of a Python package: a diffusers
+`FluxPipeline` with a `FluxTransformer2DModel` of {config.num_layers} double and {config.num_single_layers} single blocks
+({width} wide, {config.num_attention_heads} heads), a CLIP and a T5 text encoder of two layers each
+({config.joint_attention_dim} wide), and an `AutoencoderKL`. {pixels} x {pixels} pixels are 8 x 8 image tokens"""
+SDXL = """A text-to-image model with the architecture of SDXL, small enough to be part of a Python package: a diffusers
+`StableDiffusionXLPipeline` with a `UNet2DConditionModel` of {config.block_out_channels} channels, two CLIP text encoders of three
+layers each ({text_width} wide), an `AutoencoderKL` and an `EulerDiscreteScheduler` whose first step begins at noise alone.
+{pixels} x {pixels} pixels are 8 x 8 positions at the attention blocks `down.2.0`, `down.2.1`, `mid.0`, `up.0.0`, `up.0.1` and
+`up.0.2`; unlike in SDXL, the middle resolution has no attention"""
 PLAIN = """none is folded in, unlike in `{base}`, which was trained further from these weights. Guidance of
-  {recipe[guidance]:g} takes a second call in each step, with the empty caption (`true_cfg_scale={recipe[guidance]:g}`)."""
+  {recipe[guidance]:g} takes a second call in each step, with the empty caption (`{flag}={recipe[guidance]:g}`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +124,13 @@ def export(run: TrainingFolder, target: Path) -> list[Path]:
         for name in header["sizes"]:
             kinds = {f"{name}-base": "base", name: "average"} if f"{name}.base.0" in tensors else {f"{name}-base": "average"}
             for model, kind in kinds.items():
-                pipeline = untrained_pipeline(SIZES[name].config, 0)
-                for i, parameter in enumerate(FlowModel(pipeline).parameters()):
+                config = SIZES[name].config
+                pipeline = config.pipeline(0)
+                for i, parameter in enumerate(config.model(pipeline).parameters()):
                     parameter.data.copy_(tensors[f"{name}.{kind}.{i}"])
-                pipeline.register_modules(vae=run.load_autoencoder())
+                pipeline.register_modules(vae=run.load_autoencoder(config))
                 folders.append(target / model)
-                save_pipeline(pipeline, folders[-1], 0.0 if model == name else header["recipe"]["guidance"])
+                save_pipeline(pipeline, folders[-1], 0.0 if model == name else header["recipe"]["guidance"], config)
                 _record(header, name, model == name).save(folders[-1])
     return folders
 
@@ -141,24 +150,24 @@ def _record(header: dict[str, Any], name: str, is_folded: bool) -> TrainingRecor
     )
 
 
-def save_pipeline(pipeline: FluxPipeline, folder: Path, guidance: float) -> None:
-    """Write a pipeline folder named as its model, the transformer in bfloat16.
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, guidance: float, config: MiniatureConfig) -> None:
+    """Write a pipeline folder named as its model, the denoiser in bfloat16.
 
     `guidance` is that of the model by default, 0 where it is folded in.
     """
-    pipeline.register_modules(transformer=pipeline.transformer.to(torch.bfloat16))
+    denoiser = "unet" if "unet" in pipeline.components else "transformer"
+    pipeline.register_modules(**{denoiser: pipeline.components[denoiser].to(torch.bfloat16)})
     pipeline.save_pretrained(folder)
     for path in folder.glob("*/config.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:  # a path of this machine
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    blocks = pipeline.transformer.config.num_layers, pipeline.transformer.config.num_single_layers
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if entries.pop("_name_or_path", None) is not None:  # a path of this machine
+            path.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     state = "before guidance is folded in: made for more steps, with guidance" if guidance else "guidance is folded in"
     defaults = {
         "format": 1,
         "name": folder.name,
-        "description": f"FLUX with {blocks[0]} double and {blocks[1]} single blocks, trained on the drawn world; {state}.",
-        "family": "flux",
+        "description": f"{config.describe()}, trained on the drawn world; {state}.",
+        "family": config.family,
         "pixels": [[PIXELS, PIXELS]],
         "steps": MANY_STEPS if guidance else STEPS,
         "guidance": guidance,
@@ -170,28 +179,29 @@ def save_pipeline(pipeline: FluxPipeline, folder: Path, guidance: float) -> None
 
 @torch.no_grad()
 def generate_images(
-    pipeline: FluxPipeline, captions: list[str], steps: int = STEPS, seed: int = 0, guidance: float = 1.0
+    pipeline: DiffusionPipeline, captions: list[str], steps: int = STEPS, seed: int = 0, guidance: float = 1.0
 ) -> Float[Tensor, "caption 3 height width"]:
     """Generate images in [0, 1], that of caption i from the noise of seed + i.
 
-    Guidance above 1 takes a second call in each step.
+    Guidance above 1 takes a second call in each step, or one of both halves.
     """
-    chunks = []
+    chunks, generate = [], cast("Callable[..., tuple[Tensor]]", pipeline)  # the base class has no call
     for first in range(0, len(captions), 32):
         chunk = captions[first : first + 32]
+        guided: dict[str, object] = {"guidance_scale": guidance}
+        if isinstance(pipeline, FluxPipeline):
+            guided = {"true_cfg_scale": guidance, "negative_prompt": [""] * len(chunk), "guidance_scale": 0.0}
+            guided["max_sequence_length"] = pipeline.tokenizer_2.model_max_length
         chunks.append(
-            pipeline(
+            generate(
                 prompt=chunk,
-                negative_prompt=[""] * len(chunk),
                 height=PIXELS,
                 width=PIXELS,
                 num_inference_steps=steps,
-                true_cfg_scale=guidance,
-                guidance_scale=0.0,
-                max_sequence_length=pipeline.tokenizer_2.model_max_length,
                 generator=[torch.Generator().manual_seed(seed + first + i) for i in range(len(chunk))],
                 output_type="pt",
                 return_dict=False,
+                **guided,
             )[0]
         )
     return torch.cat(chunks).float().clamp(0, 1)
@@ -199,16 +209,18 @@ def generate_images(
 
 def write_card(model: Path, examinations: dict[str, Examination]) -> None:
     """Write the model card of a pipeline folder with a record; `examinations` are by title, the most important first."""
-    record, pipeline = TrainingRecord.load(model), FluxPipeline.from_pretrained(model, dtype=torch.float32)
+    record, pipeline = TrainingRecord.load(model), DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     recipe, base = record.recipe, model.name.removesuffix("-base")
     guidance = FOLDED if record.guided_updates else PLAIN
+    is_unet = isinstance(pipeline, StableDiffusionXLPipeline)
+    trained = [part for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name != "vae"]
     title, examination = next(iter(examinations.items()))
     card = CARD.format(
         name=model.name,
-        config=pipeline.transformer.config,
-        width=pipeline.transformer.inner_dim,
-        millions=sum(x.numel() for x in FlowModel(pipeline).parameters()) / 1e6,
-        pixels=PIXELS,
+        architecture=_describe_unet(pipeline) if is_unet else _describe_flux(pipeline),
+        loss="plain diffusion, velocity prediction" if is_unet else "plain rectified flow",
+        place="A place" if is_unet else "A token",
+        millions=sum(x.numel() for part in trained for x in part.parameters()) / 1e6,
         record=record,
         recipe=recipe,
         minutes=record.seconds / 60,
@@ -216,10 +228,26 @@ def write_card(model: Path, examinations: dict[str, Examination]) -> None:
         scenes=(record.updates + record.guided_updates) * recipe["batch"],
         late=1 - recipe["layout_from"],
         weight=1 + recipe["object_weight"],
-        guidance=guidance.format(base=base, record=record, recipe=recipe, share=recipe["guidance"] - 1),
+        guidance=guidance.format(
+            base=base,
+            record=record,
+            recipe=recipe,
+            share=recipe["guidance"] - 1,
+            flag="guidance_scale" if is_unet else "true_cfg_scale",
+        ),
         notes="".join(f"- {note}\n" for note in record.notes),
         tables="\n\n".join(f"{name}:\n\n{as_markdown(rows)}" for name, rows in examinations.items()),
         missed="\n".join(f"- {title}: {line}." for line in shortfalls(examination)),
         length=pipeline.tokenizer_2.model_max_length,
     )
     (model / "README.md").write_text(card)
+
+
+def _describe_flux(pipeline: DiffusionPipeline) -> str:
+    transformer = pipeline.components["transformer"]
+    return FLUX.format(config=transformer.config, width=transformer.inner_dim, pixels=PIXELS)
+
+
+def _describe_unet(pipeline: DiffusionPipeline) -> str:
+    width = pipeline.components["text_encoder"].config.hidden_size
+    return SDXL.format(config=pipeline.components["unet"].config, text_width=width, pixels=PIXELS)

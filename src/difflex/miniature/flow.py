@@ -12,40 +12,22 @@ from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
-from difflex.miniature.architecture import CLIP_LENGTH, LATENT_CHANNELS, PATCH, MiniatureConfig, PatchComponents
+from difflex.miniature.architecture import FlowModel, MiniatureConfig
 from difflex.miniature.captions import WORDS, write_captions
 from difflex.miniature.drawing import draw
-from difflex.miniature.world import PIXELS, SceneMix, scenes
+from difflex.miniature.flux import MiniatureFluxConfig
+from difflex.miniature.patches import PatchComponents
+from difflex.miniature.sdxl import MiniatureSdxlConfig
+from difflex.miniature.world import SceneMix, scenes
 
-GRID = PIXELS // (2 * PATCH)
-"""Image tokens along each side."""
 DRAWN_AT_ONCE = 2048
 """Scenes: drawing needs about a megabyte for each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowSize:
-    """A miniature of one size, with the learning rates that suit it."""
-
-    config: MiniatureConfig = field(default_factory=MiniatureConfig)
-    muon_rate: float = 5e-3
-    """Learning rate of the matrices inside the blocks."""
-    adam_rate: float = 1.2e-3
-    """Learning rate of everything else."""
-
-
-SIZES = {
-    "mini-flux": FlowSize(),
-    "mini-flux-small": FlowSize(
-        config=MiniatureConfig(double_blocks=2, single_blocks=2, heads=2, text_width=64), muon_rate=6e-3, adam_rate=1.5e-3
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,24 +95,52 @@ def _half_cosine(x: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, x)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class FlowSize:
+    """A miniature of one size, with the learning rates that suit it."""
+
+    config: MiniatureConfig = field(default_factory=MiniatureFluxConfig)
+    muon_rate: float = 5e-3
+    """Learning rate of the matrices inside the blocks."""
+    adam_rate: float = 1.2e-3
+    """Learning rate of everything else."""
+    recipe: FlowRecipe = field(default_factory=FlowRecipe)
+    """How it is trained unless flags say otherwise."""
+
+
+SIZES = {
+    "mini-flux": FlowSize(),
+    "mini-flux-small": FlowSize(
+        config=MiniatureFluxConfig(double_blocks=2, single_blocks=2, heads=2, text_width=64), muon_rate=6e-3, adam_rate=1.5e-3
+    ),
+    "mini-sdxl": FlowSize(
+        config=MiniatureSdxlConfig(),
+        muon_rate=4e-3,
+        adam_rate=1e-3,
+        # Small updates, for a CPU.
+        recipe=FlowRecipe(length=24_000, batch=64, mixes=((0.4, 0.4, 0.2), (0.15, 0.55, 0.3)), averaging=(0.999, 0.998)),
+    ),
+}
+
+
 class CaptionIds(NamedTuple):
     """Captions as input of both text encoders."""
 
-    clip: Int[Tensor, "caption clip_length"]
-    t5: Int[Tensor, "caption text_length"]
+    text: Int[Tensor, "caption length"]
+    text_2: Int[Tensor, "caption length_2"]
 
 
 @final
 class CaptionTokens:
-    """Captions of the drawn world as token ids, with the padding of `FluxPipeline`.
+    """Captions of the drawn world as token ids, with the padding of the pipeline.
 
     Every known word is one token, so the ids of a caption are looked up word by word. The ids of 256 captions are compared with
     those of the tokenizers. Without the tokenizers themselves, an object is sent to another process quickly.
     """
 
-    def __init__(self, pipeline: FluxPipeline) -> None:
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
         tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
-        self._clip, self._t5 = (_WordIds.of(tokenizer) for tokenizer in tokenizers)
+        self._text, self._text_2 = (_WordIds.of(tokenizer) for tokenizer in tokenizers)
         captions = ["", *write_captions(scenes(torch.arange(256)))]
         for ids, tokenizer in zip(self(captions), tokenizers, strict=True):
             length = tokenizer.model_max_length
@@ -138,7 +148,7 @@ class CaptionTokens:
             assert torch.equal(ids, expected.input_ids)
 
     def __call__(self, captions: list[str]) -> CaptionIds:
-        return CaptionIds(self._clip.look_up(captions), self._t5.look_up(captions))
+        return CaptionIds(self._text.look_up(captions), self._text_2.look_up(captions))
 
 
 class _WordIds(NamedTuple):
@@ -170,19 +180,21 @@ class _WordIds(NamedTuple):
 class SceneLatents(NamedTuple):
     """Scenes as targets of the model."""
 
-    latents: Float[Tensor, "scene token channel"]
-    objects: Float[Tensor, "scene token"]
-    """The share of each token that objects cover."""
+    latents: Float[Tensor, "scene position channel"]
+    objects: Float[Tensor, "scene position"]
+    """The share of each position that objects cover."""
 
 
 @torch.no_grad()
-def draw_latents(seeds: Int[Tensor, " scene"], mix: SceneMix, components: PatchComponents) -> SceneLatents:
+def draw_latents(
+    seeds: Int[Tensor, " scene"], mix: SceneMix, components: PatchComponents, config: MiniatureConfig
+) -> SceneLatents:
     """Draw the scenes of `seeds` on their device."""
     parts = []
     for some in seeds.split(DRAWN_AT_ONCE):
         drawn = draw(some, mix)
-        latents = F.pixel_unshuffle(components.encode(drawn.images * 2 - 1), 2).flatten(2).movedim(1, 2)
-        objects = F.adaptive_avg_pool2d((drawn.slots >= 0).float()[:, None], GRID).flatten(1)
+        latents = F.pixel_unshuffle(components.encode(drawn.images * 2 - 1), config.pack).flatten(2).movedim(1, 2)
+        objects = F.adaptive_avg_pool2d((drawn.slots >= 0).float()[:, None], config.grid).flatten(1)
         parts.append((latents, objects))
     return SceneLatents(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
@@ -190,52 +202,21 @@ def draw_latents(seeds: Int[Tensor, " scene"], mix: SceneMix, components: PatchC
 class FlowBatch(NamedTuple):
     """All that the loss of an update depends on besides the weights."""
 
-    latents: Float[Tensor, "scene token channel"]
-    objects: Float[Tensor, "scene token"]
-    clip: Int[Tensor, "scene clip_length"]
-    t5: Int[Tensor, "scene text_length"]
+    latents: Float[Tensor, "scene position channel"]
+    objects: Float[Tensor, "scene position"]
+    text: Int[Tensor, "scene length"]
+    text_2: Int[Tensor, "scene length_2"]
     level: Float[Tensor, " scene"]
     """Noise levels in [0, 1]."""
-    noise: Float[Tensor, "scene token channel"]
+    noise: Float[Tensor, "scene position channel"]
 
     @classmethod
-    def empty(cls, count: int, text_length: int, device: torch.device) -> "FlowBatch":
-        """Return zeros, to be overwritten."""
-        tokens, channels = GRID**2, 4 * LATENT_CHANNELS
-        sizes = [(tokens, channels), (tokens,), (CLIP_LENGTH,), (text_length,), (), (tokens, channels)]
+    def empty(cls, count: int, config: MiniatureConfig, lengths: tuple[int, int], device: torch.device) -> "FlowBatch":
+        """Return zeros, to be overwritten; `lengths` are those of both texts in tokens."""
+        places, channels = config.grid**2, config.channels
+        sizes = [(places, channels), (places,), (lengths[0],), (lengths[1],), (), (places, channels)]
         dtypes = [torch.float32, torch.float32, torch.long, torch.long, torch.float32, torch.float32]
         return cls(*(torch.zeros(count, *size, dtype=each, device=device) for size, each in zip(sizes, dtypes, strict=True)))
-
-
-class FlowModel(nn.Module):
-    """The trained parts of the pipeline."""
-
-    image_ids: Tensor
-    text_ids: Tensor
-
-    def __init__(self, pipeline: FluxPipeline) -> None:
-        super().__init__()
-        self.transformer, self.clip, self.t5 = pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2
-        places = torch.cartesian_prod(torch.zeros(1), torch.arange(float(GRID)), torch.arange(float(GRID)))
-        self.register_buffer("image_ids", places, persistent=False)
-        self.register_buffer("text_ids", torch.zeros(pipeline.tokenizer_2.model_max_length, 3), persistent=False)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The blocks of the transformer."""
-        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
-
-    def velocity(self, noisy: Tensor, level: Tensor, clip: Tensor, t5: Tensor) -> Float[Tensor, "scene token channel"]:
-        """Predict the velocity, noise - image, at noise levels in [0, 1]."""
-        return self.transformer(
-            hidden_states=noisy,
-            timestep=level,
-            pooled_projections=self.clip(input_ids=clip).pooler_output,
-            encoder_hidden_states=self.t5(input_ids=t5).last_hidden_state,
-            txt_ids=self.text_ids,
-            img_ids=self.image_ids,
-            return_dict=False,
-        )[0]
 
 
 @final
@@ -252,22 +233,21 @@ class GuidanceTeacher:
 
     @torch.no_grad()
     def effect(
-        self, noisy: Tensor, level: Tensor, clip: Int[Tensor, "scene clip_length"], t5: Int[Tensor, "scene text_length"]
-    ) -> Float[Tensor, "scene token channel"]:
+        self, noisy: Tensor, time: Tensor, text: Int[Tensor, "scene length"], text_2: Int[Tensor, "scene length_2"]
+    ) -> Float[Tensor, "scene position channel"]:
         """Return the change of the velocity by the captions."""
-        texts = (torch.cat([ids, empty.expand_as(ids)]) for ids, empty in zip((clip, t5), self._empty, strict=True))
-        captioned, empty = self._model.velocity(noisy.repeat(2, 1, 1), level.repeat(2), *texts).float().chunk(2)
+        texts = (torch.cat([ids, empty.expand_as(ids)]) for ids, empty in zip((text, text_2), self._empty, strict=True))
+        captioned, empty = self._model.velocity(noisy.repeat(2, 1, 1), time.repeat(2), *texts).float().chunk(2)
         return captioned - empty
 
 
 def flow_loss(model: FlowModel, batch: FlowBatch, recipe: FlowRecipe, teacher: GuidanceTeacher | None = None) -> Tensor:
-    """Compute the mean squared error of the velocity, with tokens weighted by their share of objects."""
-    noisy = torch.lerp(batch.latents, batch.noise, batch.level[:, None, None])
-    target = batch.noise - batch.latents
+    """Compute the mean squared error of the velocity, with positions weighted by their share of objects."""
+    noisy, target, time = model.problem(batch.latents, batch.noise, batch.level)
     with _mixed_precision(noisy.device):
-        velocity = model.velocity(noisy, batch.level, batch.clip, batch.t5)
+        velocity = model.velocity(noisy, time, batch.text, batch.text_2)
         if teacher:
-            target = target + (recipe.guidance - 1) * teacher.effect(noisy, batch.level, batch.clip, batch.t5)
+            target = target + (recipe.guidance - 1) * teacher.effect(noisy, time, batch.text, batch.text_2)
     low, high = recipe.doubt
     emphasis = recipe.object_weight * ((high - batch.level) / (high - low)).clamp(0, 1)
     weight = 1 + emphasis[:, None] * batch.objects

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from difflex.miniature.architecture import untrained_pipeline
-from difflex.miniature.flow import SIZES, CaptionIds, FlowBatch, FlowModel, FlowRecipe, FlowSize, GuidanceTeacher, flow_loss
+from difflex.miniature.architecture import FlowModel
+from difflex.miniature.flow import SIZES, CaptionIds, FlowBatch, FlowRecipe, FlowSize, GuidanceTeacher, flow_loss
 
 AVERAGED_EVERY = 4
 """Updates between two changes of the running average."""
@@ -19,7 +20,7 @@ AVERAGED_EVERY = 4
 
 @final
 class FlowOptimiser:
-    """Muon for the matrices inside the transformer's blocks, AdamW for all other parameters; gradients are clipped to norm 1.
+    """Muon for the matrices and kernels inside the denoiser's blocks, AdamW for all else; gradients are clipped to norm 1.
 
     It computes what `torch.optim.Muon` (with `match_rms_adamw`) and `torch.optim.AdamW` compute. Equal matrices are updated as
     one stack, and all that changes between updates is a tensor, so that a CUDA graph can hold an update.
@@ -28,8 +29,8 @@ class FlowOptimiser:
     MOMENTUM, BETAS, EPSILON, DECAY = 0.95, (0.9, 0.98), 1e-8, 0.01
 
     def __init__(self, model: FlowModel, size: FlowSize) -> None:
-        named = list(model.named_parameters())
-        is_matrix = [("transformer_blocks" in name and x.ndim == 2 and ".norm" not in name) for name, x in named]
+        named = [(name, x) for name, x in model.named_parameters() if x.requires_grad]
+        is_matrix = [model.is_matrix(name, x) for name, x in named]
         self._parameters: list[Tensor] = [x for _, x in named]
         self._rest: list[Tensor] = [x for x, matrix in zip(self._parameters, is_matrix, strict=True) if not matrix]
         stacks: dict[torch.Size, list[Tensor]] = {}
@@ -69,7 +70,9 @@ class FlowOptimiser:
     def _muon(self, stack: list[Tensor], momentum: Tensor, rate: Tensor) -> None:
         gradient = torch.stack([x.grad for x in stack if x.grad is not None])
         momentum.lerp_(gradient, 1 - self.MOMENTUM)
-        change = orthogonalise(gradient.lerp(momentum, self.MOMENTUM)) * (0.2 * math.sqrt(max(stack[0].shape)))
+        # The kernel of a convolution is a matrix of its outputs by all of their inputs.
+        change = orthogonalise(gradient.lerp(momentum, self.MOMENTUM).flatten(2))
+        change = change.mul_(0.2 * math.sqrt(max(change.shape[1:]))).view_as(gradient)
         weights = torch.stack(stack).mul_(1 - rate * self.DECAY).sub_(change * rate)
         torch._foreach_copy_(stack, list(weights.unbind(0)))
 
@@ -117,8 +120,11 @@ class FlowLearner:
         self._update: Callable[[], None] | None = None
 
     def _build(self) -> FlowModel:
-        model = FlowModel(untrained_pipeline(SIZES[self.name].config, self._recipe.seed)).to(self._device)
-        model.t5.tie_weights()  # a device with another kind of tensors parts them
+        config = SIZES[self.name].config
+        model = config.model(config.pipeline(self._recipe.seed)).to(self._device)
+        for part in model.children():
+            if isinstance(part, PreTrainedModel):
+                part.tie_weights()  # a device with another kind of tensors parts them
         return model.train()
 
     def begin_guidance(self, empty: CaptionIds) -> None:

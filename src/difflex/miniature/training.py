@@ -20,14 +20,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from difflex.errors import NonFinite, StaleWork
+from difflex.errors import BadInput, NonFinite, StaleWork
 from difflex.files import disk_errors, folder_lock, parsing, write_file
-from difflex.miniature.architecture import MiniatureConfig, PatchComponents, decoder_losses, untrained_pipeline, write_encoder
+from difflex.miniature.architecture import MiniatureConfig
 from difflex.miniature.captions import write_captions
 from difflex.miniature.drawing import draw
 from difflex.miniature.flow import SIZES, CaptionIds, CaptionTokens, FlowBatch, FlowRecipe, SceneLatents, draw_latents
 from difflex.miniature.judge import Judge, save_judge, training_losses
 from difflex.miniature.learner import FlowLearner
+from difflex.miniature.patches import PatchComponents, decoder_losses, patch_vae, write_encoder
 from difflex.miniature.world import HELD_OUT_SEEDS, SceneMix, scenes
 from difflex.tensors import read_tensors, write_tensors
 
@@ -56,9 +57,9 @@ class TrainingFolder:
         """Parameters, averages and moments of all sizes, and how far their training is."""
         self.log = folder / "log.jsonl"
 
-    def load_autoencoder(self) -> AutoencoderKL:
+    def load_autoencoder(self, config: MiniatureConfig) -> AutoencoderKL:
         """Return the autoencoder of the run, by default that of the package."""
-        embedded = Path(str(resources.files("difflex"))) / "models" / "mini-flux" / "vae"
+        embedded = Path(str(resources.files("difflex"))) / "models" / config.autoencoder / "vae"
         return AutoencoderKL.from_pretrained(self.autoencoder if self.autoencoder.exists() else embedded)
 
 
@@ -76,14 +77,26 @@ def train(
                 pass
             save_judge(judge, run.judge)
         if from_scratch and not run.autoencoder.exists():
-            _train_autoencoder(run)
+            _train_autoencoder(run, _common_config(sizes))
         train_flow(run, sizes, recipe, device, workers)
 
 
-def _train_autoencoder(run: TrainingFolder) -> None:
+def _common_config(sizes: list[str]) -> MiniatureConfig:
+    """Return the config of one of the sizes; all must take the same latents."""
+    configs = [SIZES[name].config for name in sizes]
+    if len({type(config) for config in configs}) > 1:
+        raise BadInput(
+            f"{', '.join(sizes)} take different latents and cannot be trained on the same ones. Train them in two folders."
+        )
+    return configs[0]
+
+
+def _train_autoencoder(run: TrainingFolder, config: MiniatureConfig) -> None:
     """Write the encoder, train the decoder, save both."""
-    vae = untrained_pipeline(MiniatureConfig(), 0).vae
-    components = PatchComponents.of(draw(torch.arange(512)).images * 2 - 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = patch_vae(config.patch, config.latents)
+    components = PatchComponents.of(draw(torch.arange(512)).images * 2 - 1, config.patch, config.latents)
     write_encoder(vae, components)
     batches = (draw(torch.arange(32) + i * 32).images * 2 - 1 for i in range(DECODER_UPDATES))
     for _ in _progress(decoder_losses(vae, components, batches, DECODER_UPDATES), "autoencoder", DECODER_UPDATES):
@@ -138,10 +151,12 @@ class FlowTraining:
     """The training of several sizes on the same scenes."""
 
     def __init__(self, sizes: list[str], recipe: FlowRecipe, device: torch.device) -> None:
-        pipeline = untrained_pipeline(SIZES[sizes[0]].config, 0)
+        self.config = _common_config(sizes)
+        pipeline = self.config.pipeline(0)
         self.tokenize = CaptionTokens(pipeline)
         self._recipe, self._device = recipe, device
-        self.batch = FlowBatch.empty(recipe.batch, pipeline.tokenizer_2.model_max_length, device)
+        lengths = pipeline.tokenizer.model_max_length, pipeline.tokenizer_2.model_max_length
+        self.batch = FlowBatch.empty(recipe.batch, self.config, lengths, device)
         self.learners = [FlowLearner(name, recipe, self.batch) for name in sizes]
         self.updates = self.plain_updates = 0
         self.plain_seconds = 0.0
@@ -249,7 +264,7 @@ class FlowTraining:
 
 
 def train_flow(run: TrainingFolder, sizes: list[str], recipe: FlowRecipe, device: torch.device, workers: int = 0) -> None:
-    """Train transformer and text encoders of all sizes until the end of the recipe."""
+    """Train denoiser and text encoders of all sizes until the end of the recipe."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # The backward pass of cuDNN's attention reads out of bounds at 90 tokens (torch 2.11 on an H100).
@@ -257,7 +272,7 @@ def train_flow(run: TrainingFolder, sizes: list[str], recipe: FlowRecipe, device
     training = FlowTraining(sizes, recipe, device)
     training.restore(run.flow)
     _cut_log(run, training.updates)
-    components = PatchComponents(*(x.to(device) for x in PatchComponents.of_encoder(run.load_autoencoder())))
+    components = PatchComponents(*(x.to(device) for x in PatchComponents.of_encoder(run.load_autoencoder(training.config))))
     together = 8 if device.type == "cuda" else 1
     prefetch: dict[str, Any] = {"prefetch_factor": 2, "multiprocessing_context": "spawn"} if workers else {}
     captions = CaptionChunks(recipe, training.tokenize)
@@ -266,7 +281,7 @@ def train_flow(run: TrainingFolder, sizes: list[str], recipe: FlowRecipe, device
     losses: list[dict[str, float]] = []
     with tqdm(desc="flow", total=1.0, initial=training.progress, bar_format=BAR, mininterval=1.0) as bar:
         for plan, ids in chunks:
-            drawn = draw_latents(plan.seeds(recipe).to(device), plan.mix(recipe), components)
+            drawn = draw_latents(plan.seeds(recipe).to(device), plan.mix(recipe), components, training.config)
             training.train(plan, drawn, CaptionIds(*(x.to(device) for x in ids)))
             losses.append(training.losses())
             bar.set_postfix({"update": training.updates, **losses[-1]}, refresh=False)
