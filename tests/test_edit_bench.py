@@ -27,7 +27,7 @@ from difflex.effects.edit_bench.items import (
     required_masks,
 )
 from difflex.effects.edit_bench.places import transfer_places
-from difflex.effects.edit_bench.results import REFERENCES, EditBenchConfig, EditBenchResults, EditedItem
+from difflex.effects.edit_bench.results import REFERENCES, EditBenchConfig, EditBenchResults, EditedItem, ImageScorer, with_score
 from difflex.effects.edit_bench.transfer import (
     CodedTokens,
     ItemTransfer,
@@ -40,12 +40,13 @@ from difflex.effects.edit_bench.transfer import (
     part_scores,
 )
 from difflex.errors import BadInput, UnknownName
+from difflex.evaluation import ClipModel
 from difflex.miniature import draw, load_judge
 from difflex.miniature.captions import parse_caption
 from difflex.miniature.world import SceneMix
 from difflex.records import Activations, HookContext, Shot, Site
 from difflex.study import Study
-from difflex.testing import tiny_folder
+from difflex.testing import tiny_clip, tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 SITE = Site("double.1")
@@ -269,6 +270,7 @@ def test_masks_are_inverted_where_the_words_say_so(tmp_path: Path):
         for name, _ in required_masks(own).values():
             image.save(tmp_path / name)
     world = masked_world(write_items(tmp_path), tmp_path)
+    assert world.name == "riebench" and world.files["items"] and len(world.files) == 6
     world.check(world.items, tmp_path)
     masks = world.masks(world.items, torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 8, 8))
     left = torch.arange(8).expand(8, 8) < 4
@@ -304,15 +306,19 @@ def test_places_are_each_site_alone_and_all_together(tmp_path: Path):
     assert [place.name for place in transfer_places(study, config)] == ["double.2/topk-24-k4", "single.0:neurons", "double.2"]
 
 
-SITES = {"flux": "double.1", "sdxl": "up.0.0:update", "sd3": "joint.0"}
+SITES = {
+    "flux": ("double.1", "double.1:text", "single.1:neurons"),
+    "sdxl": ("up.0.0:update", "mid.0:update", "up.0.0.0:neurons"),
+    "sd3": ("joint.0", "joint.1:update"),
+}
 
 
 @pytest.mark.parametrize("family", SITES)
 def test_the_benchmark_runs_on_any_family_with_items_of_a_file(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = tiny_folder(family, tmp_path / "model")
     study, items = Study.begin(tmp_path / "study", str(model)), write_items(tmp_path)
-    command = ["edit-bench", str(study.folder), "--items", str(items), "--site", SITES[family], "--strength", "1"]
-    command += ["--method", "activations", "contrast", "--pairs", "1", "--steps", "1"]
+    command = ["edit-bench", str(study.folder), "--items", str(items), "--site", *SITES[family], "--strength", "1"]
+    command += ["--method", "activations", "contrast", "neurons", "--neurons", "4", "--pairs", "1", "--steps", "1"]
     assert main(command) == 2
     error, folder = capsys.readouterr().err, study.folder / "steering/edit-bench/riebench"
     assert "5 masks are missing" in error and "111000000006-source.png: 'cat'" in error
@@ -328,9 +334,27 @@ def test_the_benchmark_runs_on_any_family_with_items_of_a_file(family: str, tmp_
     assert "4 items" in capsys.readouterr().out
     results = EditBenchResults.load(folder.with_suffix(".json"))
     assert results.types == ["object", "delete", "background", "style"] and not results.is_judged
+    together = ",".join(SITES[family][:2])
+    assert {arm.place for arm in results.best_arms()} == {"", *SITES[family], together}
     assert results.value("object", REFERENCES[0], "toward") == 0.0 and results.value("object", REFERENCES[1], "toward") == 1.0
     assert main([*command, "--masks", str(tmp_path)]) == 0
     assert "4 items, as before" in capsys.readouterr().out
+
+
+def test_images_are_scored_by_pixels_clip_and_lpips(tmp_path: Path):
+    scorer = ImageScorer(
+        ClipModel(str(tiny_clip(tmp_path / "clip"))), lambda images, others: (images - others).abs().mean((1, 2, 3))
+    )
+    source, target = torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
+    changed = torch.arange(32).expand(32, 32) < 16
+    edited = torch.where(changed, 0.5, 0.25).expand(1, 3, 32, 32)
+    [row] = scorer([item()], [changed], source, target, edited)
+    assert row["outside"] == 0.25 and row["toward"] == 0.5 and row["lpips source"] == 0.375 and row["lpips target"] == 0.625
+    assert with_score(row)["score"] == row["clip gain"] and -1 <= row["clip image target"] <= 1
+    [same] = scorer([item()], [changed], source, target, source)
+    assert same["clip gain"] == 0.0 and same["clip image source"] == pytest.approx(1, abs=1e-5)
+    assert "toward" not in scorer([item()], [changed], source, source, edited)[0]
+    assert with_score({"success": 1.0, "kept": 0.5})["score"] == 0.5 and with_score({})["score"] == 0.0
 
 
 FLAGS = ["--strength", "1", "--method", "activations", "--site", "double.1", "--type", "colour", "style"]

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar, final
 
 import torch
 
-from difflex.effects.edit_bench.items import EDIT_TYPES, EditItem, EditMasks, EditType, EditWorld, Images, Mask
+from difflex.effects.edit_bench.items import DRAWN, EDIT_TYPES, EditItem, EditMasks, EditType, EditWorld, Images, Mask
 from difflex.errors import BadInput
 from difflex.miniature import correct_attributes, load_judge
 from difflex.miniature.captions import CaptionRequest, ObjectRequest, parse_caption
@@ -152,7 +152,7 @@ def _object_phrase(item: ObjectRequest) -> str:
 def drawn_world(types: Sequence[EditType], per_type: int) -> EditWorld:
     """Return so many items of each of `types` in the drawn world, whose judge finds the masks and scores the images."""
     judge = DrawnEditJudge(load_judge())
-    return EditWorld("drawn", tuple(drawn_items(types, per_type)), judge.masks, judge.scores)
+    return EditWorld(DRAWN, tuple(drawn_items(types, per_type)), judge.masks, judge.scores)
 
 
 @final

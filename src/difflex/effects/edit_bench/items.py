@@ -34,6 +34,8 @@ EDIT_TYPES: tuple[EditType, ...] = (
 )
 EVERYTHING, BACKGROUND, NOT, FOREGROUND = "#everything", "background", "~", "foreground"
 """Words of `riebench.json` for regions: the whole image, all but the foreground, all but what follows."""
+DRAWN = "drawn"
+"""The name of the items of the drawn world."""
 SEED = 42
 """Of all images of RIEBench."""
 LEAST = 0.5
@@ -193,7 +195,8 @@ def masked_world(path: Path, masks: Path | None) -> EditWorld:
                 f"that is white where the words hold, and give the folder with --masks:\n{listed}{more}"
             )
 
-    return EditWorld(path.stem, items, read, None, check, known)
+    name = path.stem if path.stem != DRAWN else f"{DRAWN} (file)"
+    return EditWorld(name, items, read, None, check, known)
 
 
 def required_masks(item: EditItem) -> dict[str, tuple[str, str]]:
