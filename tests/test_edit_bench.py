@@ -13,6 +13,9 @@ import torch
 from PIL import Image
 
 from difflex.cli import main
+from difflex.commands.effects import EditBenchCommand
+from difflex.commands.estimates import estimate
+from difflex.commands.forecast import DictionaryForecast, Forecast, Machine
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.effects.edit_bench.drawn import ASKED, FIRST_ITEM, DrawnEditJudge, drawn_items, write_caption
 from difflex.effects.edit_bench.items import (
@@ -389,6 +392,14 @@ def test_more_items_are_added_to_finished_ones_and_damaged_ones_are_made_again(d
     assert (folder / "colour-0.json").read_bytes() == before and len(list(folder.glob("*.json"))) == 4
     with Image.open(folder / "style-0.webp") as sheet:
         sheet.verify()
+
+
+def test_the_cost_of_the_benchmark_is_predicted(drawn: Study):
+    forecast = Forecast(Machine.with_cpu(1e11, 1 << 40), dictionaries={(drawn.folder, SITE): (DictionaryForecast(24, 4, 192),)})
+    one, two = (estimate(forecast, EditBenchCommand(study=drawn.folder, count=count)) for count in (1, 2))
+    # Two numbers of features of a dictionary, alone and together, activations and contrasts, at two strengths.
+    assert one.bytes == 9 * (4 + 4) * 2 * 6000 and one.seconds and two.seconds and two.seconds > 1.5 * one.seconds
+    assert "not known" in estimate(Forecast(Machine.with_cpu(1e11, 1 << 40)), EditBenchCommand(study=drawn.folder)).unknown
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
+from difflex.commands.effects import EditBenchCommand, FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.evaluation import SPECTRA, AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.features import CollectCommand
@@ -52,6 +52,8 @@ LEVELS = 3
 """Noise levels at which a steered image is compared with its unedited one."""
 STRIP = 4_500
 """Bytes of an image in a strip that is kept."""
+SHEET = 6_000
+"""Bytes of an image in a sheet of the editing benchmark."""
 BATCH = 16
 """Images that a command without a flag for it makes at a time."""
 SCALED = 65_536
@@ -289,6 +291,18 @@ def _removal(forecast: Forecast, command: RemovalCommand) -> CostEstimate:
     return replace(estimate, bytes=len(sets) * sum(concepts) * 1_700)
 
 
+def _edit_bench(forecast: Forecast, command: EditBenchCommand) -> CostEstimate:
+    names = [part for name in command.dictionary for part in name.split(",")]
+    learned = forecast.learned(command.study, names, largest=True).items()
+    shapes = [(site, shape) for site, several in learned if not site.smooth for shape in several]
+    coded = [(site, shape) for site, shape in shapes if site.kind != "neurons"]
+    sets = len(command.dictionary) or len(coded) + len({shape.kind for _, shape in coded})
+    settings = sets * len(command.features) + (len(shapes) - len(coded)) * len(command.neurons) + 2 + 2 * len({*dict(coded)})
+    items, settings = (len(command.type) or 9) * command.count, settings * len(command.strength)
+    images = items * (2 + 2 * command.pairs + settings)
+    return replace(_edited(forecast, command, shapes, images, 2 * items, scaled=False), bytes=items * settings * SHEET)
+
+
 def _findings(forecast: Forecast, command: FindingsCommand) -> CostEstimate:
     steered = _steered(forecast, command.study, [command.site] if command.site else ())
     if len({site for site, _ in steered}) != 1:
@@ -304,7 +318,7 @@ def _findings(forecast: Forecast, command: FindingsCommand) -> CostEstimate:
 
 def _edited(
     forecast: Forecast,
-    command: SteerEvalCommand | RemovalCommand | FindingsCommand,
+    command: SteerEvalCommand | RemovalCommand | EditBenchCommand | FindingsCommand,
     shapes: Sequence[tuple[Site, DictionaryForecast]],
     images: float,
     sides: float = 0,
@@ -348,6 +362,7 @@ ESTIMATORS: Mapping[type[Command], Callable[[Forecast, Any], CostEstimate]] = {
     ExplainCommand: _explain,
     SteerEvalCommand: _steer_eval,
     RemovalCommand: _removal,
+    EditBenchCommand: _edit_bench,
     FindingsCommand: _findings,
     ReportCommand: _report,
 }

@@ -55,6 +55,8 @@ BATCH = 8
 """Items that are edited together."""
 TILE, COLUMNS = 256, 10
 """The longest side in pixels of an image in the sheet of an item, and how many images are in a row."""
+SHARP, QUALITY = 64, 90
+"""The width of an image up to which sheets are lossless, and the quality of others."""
 FIRST_PAIR = 10**6
 """The seed of the first pair of images that a contrast is found on."""
 
@@ -337,5 +339,5 @@ def _sheet(images: Images) -> bytes:
     sheet = Image.new("RGB", (width * min(COLUMNS, len(tiles)), height * rows))
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % COLUMNS * width, number // COLUMNS * height))
-    sheet.save(buffer, "WEBP", lossless=True)
+    sheet.save(buffer, "WEBP", lossless=width <= SHARP, quality=QUALITY)
     return buffer.getvalue()
