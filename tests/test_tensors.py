@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from difflex.errors import BrokenFile
-from difflex.tensors import read_tensors, write_tensors
+from difflex.tensors import read_tensors, write_plain_tensors, write_tensors
 
 TENSORS = {"values": torch.arange(12.0).view(4, 3), "count": torch.tensor(7)}
 HEADER = {"name": "a", "list": [1, 2.5, None], "zeros": "0" * 64}
@@ -44,6 +44,13 @@ def test_the_bytes_are_those_of_safetensors(tmp_path: Path, monkeypatch: pytest.
     with safe_open(tmp_path / "ours", "pt") as file:
         metadata = file.metadata()
     assert ours == save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def test_plain_files_are_those_of_safetensors_also_for_views(tmp_path: Path):
+    tensors = {"b": torch.randn(5, 3), "a": torch.arange(4), "scalar": torch.tensor(2.0), "half": torch.randn(3).half()}
+    save_file(tensors, tmp_path / "theirs")
+    views = {**tensors, "b": tensors["b"].T.contiguous().T}
+    assert write_plain_tensors(tmp_path / "ours", views).read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_another_format_is_refused(tmp_path: Path):

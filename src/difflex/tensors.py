@@ -14,7 +14,7 @@ from torch import Tensor
 from difflex.errors import BrokenFile
 from difflex.files import CHUNK, HEADER, Json, disk_errors, replacing
 
-__all__ = ["TensorFile", "check_tensors", "read_tensors", "write_tensors"]
+__all__ = ["TensorFile", "check_tensors", "read_tensors", "write_plain_tensors", "write_tensors"]
 
 DTYPE_NAMES = {
     torch.bool: "BOOL",
@@ -49,14 +49,13 @@ def write_tensors(
     `keep`: a file that exists stays.
     """
     text = json.dumps({"format": format, "sha256": UNKNOWN, **(header or {})}, allow_nan=False)
-    # As safetensors does: large items first, so that all are aligned.
-    order = sorted(tensors, key=lambda name: (-DTYPES.index(tensors[name].dtype), name))
-    head = _head(text, {name: tensors[name] for name in order})
+    tensors = _ordered(tensors)
+    head = _head({HEADER: text}, tensors)
     checksum = hashlib.sha256(head)
     with replacing(path, keep=keep) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
         file.write(head)
-        for name in order:
-            for part in _parts(tensors[name].detach()):
+        for tensor in tensors.values():
+            for part in _parts(tensor.detach()):
                 summed = hasher.submit(checksum.update, part)
                 file.write(part)
                 summed.result()
@@ -65,9 +64,24 @@ def write_tensors(
     return path
 
 
-def _head(text: str, tensors: Mapping[str, Tensor]) -> bytes:
+def write_plain_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write `tensors` to `path` as safetensors without a header of ours, atomically and without a copy of all; return `path`."""
+    tensors = _ordered(tensors)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(_head(metadata, tensors))
+        for tensor in tensors.values():
+            file.writelines(_parts(tensor.detach()))
+    return path
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors in the order of safetensors: large items first, so that all are aligned."""
+    return {name: tensors[name] for name in sorted(tensors, key=lambda name: (-DTYPES.index(tensors[name].dtype), name))}
+
+
+def _head(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor]) -> bytes:
     """Return the bytes before the tensors, which are stored in this order: the length of the header, and the header."""
-    entries: dict[str, Json] = {"__metadata__": {HEADER: text}}
+    entries: dict[str, Json] = {} if metadata is None else {"__metadata__": {**metadata}}
     start = 0
     for name, tensor in tensors.items():
         end = start + tensor.nbytes

@@ -20,6 +20,8 @@ from difflex.errors import BadInput, BrokenFile
 from difflex.records import Codes
 
 KINDS = get_args(SAEKind)
+ROWS = 4096
+"""Features that are folded at a time, so that little memory is needed besides the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +122,15 @@ class SAE(NormalisedDictionary, kinds=KINDS):
             by_pre_bias = weights.encoder @ weights.pre_bias
             encoder_bias = by_pre_bias if encoder_bias is None else encoder_bias + by_pre_bias
         # z - bias = (x - mean) V / s - bias, so a row w of the encoder becomes (w / s) V^T around the restored bias.
-        scaled = weights.encoder / normalisation.scale
+        basis, encoder, decoder = normalisation.basis, torch.empty_like(weights.encoder), torch.empty_like(weights.decoder)
+        for start in range(0, self.size, ROWS):
+            rows = slice(start, start + ROWS)
+            scaled = weights.encoder[rows] / normalisation.scale
+            encoder[rows] = scaled if basis is None else scaled @ basis.T
+            decoder[rows] = normalisation.restore_delta(weights.decoder[rows])
         folded = SAEWeights(
-            encoder=scaled if normalisation.basis is None else scaled @ normalisation.basis.T,
-            decoder=normalisation.restore_delta(weights.decoder),
+            encoder=encoder,
+            decoder=decoder,
             bias=self.constant,
             encoder_bias=encoder_bias,
             thresholds=weights.thresholds,

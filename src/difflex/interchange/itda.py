@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from difflex.choices import PursuitName
 from difflex.dictionaries import ITDA, Dictionary, DictionaryOrigin, Normalisation
@@ -20,9 +21,12 @@ from difflex.errors import BadInput, BrokenFile, NonFinite
 from difflex.files import Json, write_file
 from difflex.interchange.base import FittedDictionary, ForeignDictionary, WritableFormat, refuse_approximation
 from difflex.interchange.source import ForeignConfig, ForeignSource
-from difflex.interchange.writing import ROUNDING, unit_atoms, write_config, write_pickle, write_safetensors
+from difflex.interchange.writing import ROUNDING, unit_atoms, write_config, write_pickle
+from difflex.tensors import write_plain_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+BLOCK = 1024
+"""Atoms that are compared at a time."""
 METADATA, ATOMS, INDICES = "metadata.yaml", "atoms.pt", "atom_indices.pt"
 
 
@@ -48,9 +52,9 @@ class FluxITDAFormat(WritableFormat):
             raise BrokenFile(f"{tensors.path}: the shapes of xs {[*atoms.shape]} and ys {[*partners.shape]} do not fit together.")
         width = atoms.shape[1]
         mean, mean_y, deviation, std_y = (tensors.vector(name, width) for name in ("mean_x", "mean_y", "std_x", "std_y"))
-        atoms, partners = atoms[:size].float(), partners[:size].float()  # later rows are memory that was never written
+        atoms, partners = atoms[:size], partners[:size]  # later rows are memory that was never written
         same = all(torch.allclose(x, y, rtol=ROUNDING, atol=1e-4) for x, y in ((mean, mean_y), (deviation, std_y)))
-        if config.flag("skip_connection", False) or not same or not torch.allclose(atoms, partners, atol=ROUNDING):
+        if config.flag("skip_connection", False) or not same or not _are_close(atoms, partners):
             raise BadInput(
                 f"The outputs of the atoms in {source.path} (ys, mean_y, std_y, skip_connection) differ from the atoms (xs, "
                 "mean_x, std_x): it predicts one site from another and is not a dictionary of a single site. Choose one that is."
@@ -76,8 +80,8 @@ class FluxITDAFormat(WritableFormat):
         assert isinstance(dictionary, ITDA)
         scale = dictionary.normalisation.scale
         mean = dictionary.normalisation.mean / scale
-        tensors = {"xs": dictionary.atoms, "ys": dictionary.atoms.clone(), "mean_x": mean, "mean_y": mean.clone()}
-        tensors |= {"std_x": scale, "std_y": scale.clone(), "weight": torch.zeros(dictionary.width, dictionary.width)}
+        tensors = {"xs": dictionary.atoms, "ys": dictionary.atoms, "mean_x": mean, "mean_y": mean}
+        tensors |= {"std_x": scale, "std_y": scale, "weight": torch.zeros(dictionary.width, dictionary.width)}
         entries = {
             "d_model": dictionary.width,
             "target_l0": dictionary.k,
@@ -94,7 +98,7 @@ class FluxITDAFormat(WritableFormat):
             "dictionary_size": dictionary.size,
             "steps": 0,
         }
-        return [write_safetensors(folder / WEIGHTS, tensors), write_config(folder / CONFIG, entries)]
+        return [write_plain_tensors(folder / WEIGHTS, tensors), write_config(folder / CONFIG, entries)]
 
 
 @final
@@ -169,6 +173,12 @@ def _fit(
         dictionary.origin, dictionary.k, normalisation=plain, atoms=atoms, provenance=dictionary.provenance, pursuit=pursuit
     )
     return FittedDictionary(fitted, tuple(left_out))
+
+
+def _are_close(atoms: Tensor, partners: Tensor) -> bool:
+    """Whether all numbers are the same but for rounding; compared some rows at a time, to take little memory."""
+    pairs = zip(atoms.split(BLOCK), partners.split(BLOCK), strict=True)
+    return all(torch.allclose(x.float(), y.float(), atol=ROUNDING) for x, y in pairs)
 
 
 def _itda(origin: DictionaryOrigin, k: int, **parts: Any) -> ITDA:

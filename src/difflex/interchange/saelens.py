@@ -24,7 +24,8 @@ from difflex.interchange.base import (
     with_unit_rows,
 )
 from difflex.interchange.source import ForeignConfig, ForeignSource, ForeignTensors
-from difflex.interchange.writing import unit_atoms, write_config, write_safetensors
+from difflex.interchange.writing import unit_atoms, write_config
+from difflex.tensors import write_plain_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 OLDEST = "6.0.0"
@@ -90,6 +91,7 @@ class SAELensFormat(WritableFormat):
         return plain_sae(dictionary, self, approximate)
 
     def write(self, dictionary: Dictionary, folder: Path) -> list[Path]:
+        assert isinstance(dictionary, SAE | ITDA)
         entries = {
             "d_in": dictionary.width,
             "d_sae": dictionary.size,
@@ -107,7 +109,7 @@ class SAELensFormat(WritableFormat):
             "training_architecture": {"matryoshka": "matryoshka_batchtopk"}.get(dictionary.kind, dictionary.kind),
             "training_architecture_details": {"k": dictionary.k},
         }
-        tensors = {"W_dec": dictionary.decoder, "b_dec": dictionary.constant}
+        tensors = {"W_dec": dictionary.atoms, "b_dec": dictionary.constant}  # of scale one, so that decoder rows are the atoms
         if isinstance(dictionary, SAE):
             tensors |= {"W_enc": dictionary.weights.encoder.T, "b_enc": encoder_bias(dictionary)}
             entries["architecture"] = "topk" if dictionary.weights.thresholds is None else "jumprelu"
@@ -119,7 +121,7 @@ class SAELensFormat(WritableFormat):
             entries |= {"architecture": "matching_pursuit", "max_iterations": dictionary.k}
             entries |= {"residual_threshold": 0.0, "stop_on_duplicate_support": False}
             metadata["training_architecture"] = "matching_pursuit"
-        paths = [write_safetensors(folder / WEIGHTS, tensors)]
+        paths = [write_plain_tensors(folder / WEIGHTS, tensors)]
         return [*paths, write_config(folder / CONFIG, {**entries, "metadata": metadata})]
 
 

@@ -10,7 +10,8 @@ from difflex.errors import BadInput
 from difflex.files import Json
 from difflex.interchange.base import FittedDictionary, ForeignDictionary, WritableFormat, encoder_bias, foreign_sae, plain_sae
 from difflex.interchange.source import ForeignSource
-from difflex.interchange.writing import write_config, write_safetensors
+from difflex.interchange.writing import write_config
+from difflex.tensors import write_plain_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 SAEURON = ("batch_topk", "sample_topk", "input_unit_norm")
@@ -65,7 +66,7 @@ class SparsifyFormat(WritableFormat):
             **self.own_settings,
             "d_in": dictionary.width,
         }
-        return [write_safetensors(folder / WEIGHTS, tensors), write_config(folder / CONFIG, entries)]
+        return [write_plain_tensors(folder / WEIGHTS, tensors), write_config(folder / CONFIG, entries)]
 
 
 @final

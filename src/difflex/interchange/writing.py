@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from difflex.errors import BrokenFile
 from difflex.files import replacing, write_file
@@ -24,13 +22,6 @@ def write_config(path: Path, entries: Mapping[str, object]) -> Path:
     return path
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write tensors as safetensors and return the path."""
-    with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    return path
-
-
 def write_pickle(path: Path, content: Mapping[str, object] | Tensor) -> Path:
     """Write a tensor, or tensors by name, also nested, as `torch.save` does, and return the path."""
     with replacing(path) as temporary:
@@ -39,18 +30,21 @@ def write_pickle(path: Path, content: Mapping[str, object] | Tensor) -> Path:
 
 
 def unit_atoms(atoms: Tensor, path: Path, name: str) -> Tensor:
-    """Return `atoms` in float32 at norm one, without rounding errors; raise if a norm is too far from one."""
-    atoms = atoms.float()
+    """Return `atoms` in float32 at norm one, without rounding errors, in place where they are float32; raise for other norms."""
+    atoms = atoms.float()  # a tensor of the file itself, which may be changed in memory
     norms = torch.linalg.vector_norm(atoms, dim=1)
     wrong = ~((norms - 1).abs() <= ROUNDING)
     if wrong.any():
         first = int(wrong.nonzero()[0, 0])
         raise BrokenFile(f"{path}: row {first} of {name} has norm {float(norms[first]):.4g}, not one. Copy it again.")
-    return F.normalize(atoms, dim=1)
+    return atoms.div_(norms[:, None])
 
 
 def _plain(content: object) -> object:
-    """Return the content with tensors that hold nothing but their own numbers."""
+    """Return the content with tensors that hold nothing but their own numbers; only those that hold others are copied."""
     if isinstance(content, Mapping):
         return {name: _plain(inner) for name, inner in content.items()}
-    return content.detach().cpu().contiguous().clone() if isinstance(content, Tensor) else content
+    if not isinstance(content, Tensor):
+        return content
+    tensor = content.detach().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
