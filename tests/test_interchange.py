@@ -31,7 +31,8 @@ from interchange_cases import (
 from safetensors.torch import load_file, save_file
 
 from difflex.cli import main
-from difflex.dictionaries import ITDA, SAE, Dictionary, Normalisation
+from difflex.dictionaries import ITDA, SAE, CodeStatistics, Dictionary, Normalisation
+from difflex.dictionary_config import read_config
 from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
 from difflex.interchange import FORMATS, compare_reconstructions, detect_format, read_dictionary, write_dictionary
 from difflex.records import ActivationBatch
@@ -61,27 +62,32 @@ def test_what_is_written_comes_back(name: str, tmp_path: Path):
     assert difference(back.decode(back.encode(x)), dictionary.decode(dictionary.encode(x))) < 1e-6
 
 
-@pytest.mark.parametrize("format", ["sdxl-unbox", "saeuron"])
-def test_formats_of_tools_that_are_no_package_hold_a_topk_sae(format: str, tmp_path: Path):
-    sae = our_sae()
-    write_dictionary(sae, format, tmp_path / "out")
-    back, x = read_dictionary(tmp_path / "out", site=SITE), rand(64, WIDTH, seed=20)
-    assert detect_format(tmp_path / "out").name == format and (back.kind, back.k) == ("topk", K)
-    assert difference(dense(back, x), dense(sae, x)) < 1e-6
-
-
-def test_an_sdxl_unbox_sae_computes_by_its_formula(tmp_path: Path):
-    encoder, decoder, bias, latent = rand(SIZE, WIDTH), rand(WIDTH, SIZE, seed=1), rand(WIDTH, seed=2), rand(SIZE, seed=3)
-    state = {"encoder.weight": encoder, "decoder.weight": decoder, "pre_bias": bias, "latent_bias": latent}
-    state["stats_last_nonzero"] = torch.zeros(SIZE, dtype=torch.int64)
-    torch.save({"state_dict": state}, tmp_path / "state_dict.pth")
-    (tmp_path / "config.json").write_text(json.dumps({"n_dirs_local": SIZE, "d_model": WIDTH, "k": K, "auxk": 256}))
-    torch.save(torch.ones(SIZE), tmp_path / "mean.pt")
-    sae, x = read_dictionary(tmp_path, site=SITE), rand(40, WIDTH, seed=5)
-    top = ((x - bias) @ encoder.T + latent).topk(K)
-    codes = torch.zeros(40, SIZE).scatter_(1, top.indices, top.values.relu())
-    assert difference(dense(sae, x), codes) < 1e-6
-    assert difference(sae.decode(sae.encode(x)), codes @ decoder.T + bias) < 1e-6
+def test_the_statistics_of_codes_and_excluded_features_stay_with_the_dictionary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    files, out = tmp_path / "files", tmp_path / "study"
+    write_dictionary(our_sae(), "sdxl-unbox", files)
+    mean = rand(SIZE).abs()
+    torch.save(mean, files / "mean.pt")
+    words = ["import", str(files), "--site", "double.1", "--model", "mini-flux", "--out", str(out), "--exclude"]
+    assert main([*words, f"0,{SIZE}"]) == 2 and f"has no feature {SIZE} to exclude" in capsys.readouterr().err
+    assert main([*words, "7,0"]) == 0
+    [ref] = Study.open(out).dictionaries()
+    folder = Study.open(out).dictionary(*ref)
+    statistics = CodeStatistics.load(folder)
+    assert statistics is not None and torch.equal(statistics.mean, mean) and statistics.std is None
+    assert read_config(folder).excluded == {0, 7}
+    assert main([*words, "7"]) == 2 and "imported with another --exclude" in capsys.readouterr().err
+    (folder / "code_statistics.safetensors").unlink()
+    assert main([*words, "0,7"]) == 0 and CodeStatistics.load(folder) is not None
+    torch.save(mean[1:], files / "mean.pt")
+    assert main([*words, "0,7"]) == 2 and "mean.pt" in capsys.readouterr().err
+    torch.save(-mean, files / "mean.pt")
+    assert main([*words, "0,7"]) == 2 and "not below 0" in capsys.readouterr().err
+    Dictionary.load(folder).save(folder)
+    assert CodeStatistics.load(folder) is not None
+    our_sae("jumprelu").save(folder)
+    assert CodeStatistics.load(folder) is None
 
 
 def test_a_fae_sae_computes_by_its_formula(tmp_path: Path):
@@ -175,6 +181,20 @@ def changed(folder: Path, case: str, **entries: object) -> Path:
 def test_what_no_dictionary_here_can_compute_is_refused(case: str, entries: dict, reason: str, tmp_path: Path):
     with pytest.raises(BadInput, match=reason):
         read_dictionary(changed(tmp_path / "copy", case, **entries), site=SITE)
+
+
+def test_overcomplete_files_of_other_classes_are_refused_with_the_reason(tmp_path: Path):
+    state = torch.load(FROZEN / "overcomplete-TopKSAE" / "state_dict.pt", weights_only=True)
+    pursuit = {name: tensor for name, tensor in state.items() if name.startswith("dictionary.")}
+    cases = {"rounds its codes": {**state, "Q": torch.linspace(0, 1, 4)}, "an MpSAE or an OMPSAE": pursuit}
+    cases |= {
+        "not linear": {**state, "encoder.blocks.0.weight": torch.ones(2, 2)},
+        "is not of a TopKSAE": {"x": torch.ones(2, 2)},
+    }
+    for reason, tensors in cases.items():
+        torch.save(tensors, tmp_path / "state_dict.pt")
+        with pytest.raises(BadInput, match=reason):
+            read_dictionary(tmp_path, site=SITE, k=K)
 
 
 def test_shards_are_read_and_one_outside_of_the_folder_is_refused(tmp_path: Path):

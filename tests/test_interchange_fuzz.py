@@ -1,6 +1,5 @@
 """Damaged files of other tools: a dictionary or a sentence, never a traceback, a hang or much memory."""
 
-import json
 import random
 import resource
 import shutil
@@ -9,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from interchange_cases import FROZEN, SITE, WIDTH, K, cases, fae_file, note, our_itda, our_sae, rand
+from damage import mutated
+from interchange_cases import FROZEN, SITE, SIZE, WIDTH, K, cases, fae_file, note, our_itda, our_sae, rand
 
 from difflex.dictionaries import Normalisation
 from difflex.errors import DifflexError
-from difflex.interchange import FORMATS, read_dictionary, write_dictionary
+from difflex.interchange import FORMATS, read_code_statistics, read_dictionary, write_dictionary
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK, MANY = 30, 2000
 MEMORY, SECONDS = 300, 10.0
 """MB that the process may grow by, and how long a file may take."""
-ODD = [None, True, "", "x", -1, 0, 1.5, 1e400, 2**31, 10**18, "nan", [], [1], {}, {"k": 1}, "\ud800", "../x", "9" * 400]
 NAMES = [format.name for format in FORMATS]
 
 
@@ -33,45 +32,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     for name in ("sdxl-unbox", "saeuron"):
         write_dictionary(our_sae(), name, root / name / "topk")
+    torch.save(rand(SIZE).abs(), root / "sdxl-unbox" / "topk" / "mean.pt")
     write_dictionary(our_itda("matching", Normalisation.identity(WIDTH)), "itda", root / "itda" / "itda")
     write_dictionary(our_itda("gradient"), "itda-flux", root / "itda-flux" / "itda")
     fae_file(root / "fae" / "fae")
     return root
-
-
-def mutated(content: bytes, suffix: str, draw: random.Random) -> bytes:
-    """Change a file: an entry of its JSON, some of its bytes, or its length."""
-    way = draw.random()
-    if way < 0.5 and suffix == ".json":
-        return odd_json(content, draw)
-    if way < 0.6 and suffix == ".safetensors":
-        length = int.from_bytes(content[:8], "little")
-        head = odd_json(content[8 : 8 + length], draw)
-        return len(head).to_bytes(8, "little") + head + content[8 + length :]
-    if way < 0.75:
-        return content[: draw.randrange(len(content))]
-    if way < 0.8 and suffix == ".safetensors":
-        return draw.randrange(2**64).to_bytes(8, "little") + content[8:]
-    changed = bytearray(content)
-    for _ in range(draw.choice([1, 1, 4, 64])):
-        changed[draw.randrange(min(len(changed), draw.choice([64, 1024, 10**9])))] = draw.randrange(256)
-    return bytes(changed)
-
-
-def odd_json(content: bytes, draw: random.Random) -> bytes:
-    """Change, add or remove an entry at any depth."""
-    entries = json.loads(content)
-    place = entries
-    while (inner := [value for value in place.values() if isinstance(value, dict)]) and draw.random() < 0.7:
-        place = draw.choice(inner)
-    name = draw.choice([*place, "new"])
-    if draw.random() < 0.2:
-        place.pop(name, None)
-    elif isinstance(place.get(name), list) and draw.random() < 0.7:
-        place[name] = [draw.choice([0, 1, -1, 2**40, 2**63, 7]) for _ in range(draw.choice([1, 2, 2, 3]))]
-    else:
-        place[name] = draw.choice(ODD)
-    return json.dumps(entries).encode("utf-8", "replace")
 
 
 def attack(whole: Path, name: str, folder: Path, count: int, seed: int) -> None:
@@ -86,6 +51,7 @@ def attack(whole: Path, name: str, folder: Path, count: int, seed: int) -> None:
         try:
             dictionary = read_dictionary(copy, site=SITE, format=draw.choice([name, None]), k=draw.choice([None, K]))
             codes = dictionary.encode(x)
+            read_code_statistics(copy, dictionary.size, name)
             assert torch.isfinite(codes.values).all() or not codes.values.numel()
         except DifflexError as error:
             assert len(str(error)) < 2000, error

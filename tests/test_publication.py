@@ -5,16 +5,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from fake_hub import TOKEN, FakeHub, fake_hub, use_hub
 from PIL import Image
 from sample_study import new_study, write_book, write_evaluation
 
 from difflex.cli import main
-from difflex.dictionaries import Dictionary, DictionaryOrigin, Neurons, fingerprint
+from difflex.dictionaries import CodeStatistics, Dictionary, DictionaryOrigin, Neurons, fingerprint
+from difflex.features import Book
 from difflex.hub import read_hub_origin
 from difflex.records import Site
+from difflex.report.figures.gallery import FeatureRanking
+from difflex.report.reading import read_facts
 from difflex.study import Study
+from difflex.web.catalogue import Catalogue
+from difflex.web.firing import Firing
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the client of the hub
 NAME = "acme/flux"
@@ -51,9 +58,13 @@ def push(study: Study, *words: str) -> int:
 def test_what_was_pushed_is_pulled_with_the_same_fingerprint(
     hub: FakeHub, study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    statistics = CodeStatistics(mean=torch.arange(8.0))
+    statistics.save(study.dictionary(SITE, LABEL))
     assert push(study) == 0
     assert main(["pull", NAME, "--out", str(tmp_path / "other")]) == 0
     other = Study.open(tmp_path / "other")
+    pulled = CodeStatistics.load(other.dictionary(SITE, LABEL))
+    assert pulled is not None and torch.equal(pulled.mean, statistics.mean)
     assert other.model == study.model and other.dictionaries() == study.dictionaries()
     for ref in study.dictionaries():
         assert fingerprint(other.dictionary(*ref)) == fingerprint(study.dictionary(*ref))
@@ -66,6 +77,23 @@ def test_what_was_pushed_is_pulled_with_the_same_fingerprint(
     assert TOKEN not in "".join(capsys.readouterr()) and not [
         path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
     ]
+
+
+def test_excluded_features_are_not_among_the_best_nor_listed_in_an_image(tmp_path: Path):
+    study, name = new_study(tmp_path / "study", "acme/tiny-flux"), f"{SITE}/{LABEL}"
+    training = {"imported": {"tool": "sdxl-unbox", "source": "x", "excluded": [0, 3]}}
+    Neurons(width=8, k=2, origin=DictionaryOrigin(site=Site.parse(SITE), model=study.model, training=training)).save(
+        study.dictionary(SITE, LABEL)
+    )
+    write_book(study, name, 8)
+    ref = study.find_dictionary(name)
+    with Book.open(study.book(*ref)) as book:
+        ranking = FeatureRanking(read_facts(study), book, ref)
+        assert {feature.stats.feature for feature in ranking.features()} == {1, 2, 4, 5, 6, 7}
+    numbers = np.arange(8, dtype=np.int32)
+    firing = Firing((2, 2), np.zeros(8, np.int32), numbers, np.ones(8, np.float32))
+    answer = firing.strongest(Catalogue(study), ref, "peak", also=3)
+    assert {entry.tile.feature for entry in answer.features} == {1, 2, 4, 5, 6, 7, 3} and answer.total == 6
 
 
 def test_the_card_says_what_was_measured_and_what_was_not(hub: FakeHub, study: Study):

@@ -39,7 +39,7 @@ sys.modules["torchvision"].transforms = ModuleType("transforms")  # pyright: ign
 if not hasattr(matplotlib.pyplot.cm, "get_cmap"):
     matplotlib.pyplot.cm.get_cmap = matplotlib.pyplot.get_cmap
 
-from overcomplete.sae import JumpSAE, TopKSAE  # (after the lines above)
+from overcomplete.sae import JumpSAE, RAJumpSAE, RATopKSAE, TopKSAE  # (after the lines above)
 
 WIDTH, SIZE, K, TOKENS = 8, 24, 4, 32
 COMPUTED = "computed.safetensors"
@@ -180,20 +180,28 @@ def write_dictionary_learning(root: Path) -> None:
 
 def of_overcomplete(folder: Path, k: int) -> Computes:
     state = torch.load(folder / "state_dict.pt", weights_only=True)
-    size, width = state["dictionary._weights"].shape
-    sae = JumpSAE(width, size) if "thresholds" in state else TopKSAE(width, size, top_k=k)
+    size, width = state["encoder.final_block.0.weight"].shape
+    if "dictionary.C" in state:
+        points = state["dictionary.C"]
+        sae = RAJumpSAE(width, size, points) if "thresholds" in state else RATopKSAE(width, size, points, top_k=k)
+    else:
+        sae = JumpSAE(width, size) if "thresholds" in state else TopKSAE(width, size, top_k=k)
     sae.load_state_dict(state)
     sae.eval()
     return lambda x: (sae.encode(x)[1], sae.decode(sae.encode(x)[1]))
 
 
 def write_overcomplete(root: Path) -> None:
-    for name, sae in {"TopKSAE": TopKSAE(WIDTH, SIZE, top_k=K), "JumpSAE": JumpSAE(WIDTH, SIZE)}.items():
+    points = torch.randn(2 * SIZE, WIDTH, generator=torch.Generator().manual_seed(3))
+    made = {"TopKSAE": TopKSAE(WIDTH, SIZE, top_k=K), "JumpSAE": JumpSAE(WIDTH, SIZE)}
+    made |= {"RATopKSAE": RATopKSAE(WIDTH, SIZE, points, top_k=K), "RAJumpSAE": RAJumpSAE(WIDTH, SIZE, points)}
+    for name, sae in made.items():
         folder = root / f"overcomplete-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         scramble(sae, len(name))
+        sae.eval()  # an archetypal dictionary is brought into its bounds by this
         torch.save({key: tensor.clone() for key, tensor in sae.state_dict().items()}, folder / "state_dict.pt")
-        keep(folder, of_overcomplete(folder, K), format="overcomplete", **({"k": K} if name == "TopKSAE" else {}))
+        keep(folder, of_overcomplete(folder, K), format="overcomplete", **({"k": K} if name.endswith("TopKSAE") else {}))
 
 
 def read(root: Path) -> Iterator[str]:

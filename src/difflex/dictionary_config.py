@@ -11,6 +11,8 @@ from difflex.records import Site
 
 FORMAT = 3
 CONFIG, TENSORS = "config.json", "dictionary.safetensors"
+STATISTICS = "code_statistics.safetensors"
+"""What the tool that a dictionary was imported from measured of its codes."""
 ADVICE = "Copy the dictionary again, or move its folder away and make it again."
 
 
@@ -43,6 +45,13 @@ class DictionaryConfig:
         """The tool, and the file or folder, that the dictionary was imported from; empty for one that was made here."""
         entries = self.training.get("imported")
         return f"from {entries.get('tool')}: {entries.get('source')}" if isinstance(entries, dict) else ""
+
+    @property
+    def excluded(self) -> frozenset[int]:
+        """The features that whoever published the dictionary excludes from lists of what fires."""
+        entries = self.training.get("imported")
+        numbers = entries.get("excluded") if isinstance(entries, dict) else None
+        return frozenset(number for number in numbers if isinstance(number, int)) if isinstance(numbers, list) else frozenset()
 
 
 def read_config(folder: Path) -> DictionaryConfig:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from difflex.dictionary_config import CONFIG, TENSORS, DictionaryConfig, fingerprint, read_config
+from difflex.dictionary_config import CONFIG, STATISTICS, TENSORS, DictionaryConfig, fingerprint, read_config
 from difflex.errors import BadInput, DifflexError, StaleWork
 from difflex.evaluation import Evaluation
 from difflex.features import Book, ImageAlbum, overlaid
@@ -93,7 +93,7 @@ def stage(
     for ref in refs:
         own, place = study.dictionary(*ref), f"{ref.site.folder}/{ref.label}"
         digest = fingerprint(own)
-        files |= {f"{place}/{each}": own / each for each in (CONFIG, TENSORS)}
+        files |= {f"{place}/{each}": own / each for each in (CONFIG, TENSORS, STATISTICS) if (own / each).is_file()}
         if (evaluation := _current_evaluation(study, ref, digest)) is not None:
             files[f"{place}/{EVALUATION}"] = evaluation
         if _has_scales(study, ref, digest):
@@ -132,7 +132,8 @@ def pull_dictionary(study: Study, source: HubDictionary) -> bool:
     study.write()
     for name in (TENSORS, CONFIG) if is_new else ():
         _copy(source.folder / name, target / name)
-    for name, path in ((EVALUATION, study.evaluation(*ref)), (SCALES, study.scales(*ref))):
+    more = ((EVALUATION, study.evaluation(*ref)), (SCALES, study.scales(*ref)), (STATISTICS, target / STATISTICS))
+    for name, path in more:
         if (source.folder / name).is_file() and not path.exists():
             _copy(source.folder / name, path)
     write_hub_origin(target, HubOrigin(source.repository, source.commit))

@@ -65,11 +65,13 @@ def _pixels(words: list[str]) -> tuple[int, int]:
     return height, width
 
 
-def _numbers(words: list[str], most: int = LARGEST) -> tuple[int, ...]:
+def _numbers(words: list[str], most: int = LARGEST, least: int = 1) -> tuple[int, ...]:
     parts = _parts(words)
-    if not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
-        raise ValueError(f"{_quoted(words)} is not a list of numbers above 0. Write them with commas or spaces: 16,32,64.")
-    return tuple(_limited(int, part, 1, most) for part in parts)
+    if not all(re.fullmatch(r"[1-9]\d*" if least else r"\d+", part) for part in parts):
+        raise ValueError(
+            f"{_quoted(words)} is not a list of numbers above 0{'' if least else ', or 0'}. Write them with commas: 16,32."
+        )
+    return tuple(_limited(int, part, least, most) for part in parts)
 
 
 def _feature_names(words: list[str]) -> tuple[str, ...]:
@@ -184,9 +186,9 @@ def real(least: float, most: float, metavar: str = "X") -> Any:
     return _flag(lambda words: _limited(float, words[0], least, most), metavar, _written)
 
 
-def numbers(most: int) -> Any:
-    """Describe a flag for whole numbers from 1 to `most`, with commas or spaces between them."""
-    return _flag(lambda words: _numbers(words, most), "N,...", _with_commas, many=True)
+def numbers(most: int, least: int = 1) -> Any:
+    """Describe a flag for whole numbers from `least` to `most`, with commas or spaces between them."""
+    return _flag(lambda words: _numbers(words, most, least), "N,...", _with_commas, many=True)
 
 
 # Each describes a flag: `trials: Annotated[int, COUNT] = 24`.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.commands.flags import SIZE, located
+from difflex.commands.flags import LARGEST, SIZE, located, numbers
 from difflex.dictionary_config import read_config
 from difflex.errors import BadInput
 from difflex.records import Site
@@ -47,13 +47,16 @@ class ImportCommand(Command):
     """Added to the name of the dictionary: topk-5120-k10-NAME."""
     k: Annotated[int | None, SIZE, arg(help_behavior_hint="(default: read, or counted on stored activations)")] = None
     """Features that fire for a token, where the files do not say it."""
+    exclude: Annotated[tuple[int, ...], numbers(LARGEST, 0), arg(help_behavior_hint="(default: none)")] = ()
+    """Features that its publisher leaves out of lists of what fires in an image."""
     revision: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
     """The revision of a repository on the hub."""
     offline: FlagCreatePairsOff[bool] = False
     """Use only the local cache of the hub."""
 
     def __call__(self) -> list[Path]:
-        from difflex.interchange import read_dictionary
+        from difflex.dictionaries import CodeStatistics
+        from difflex.interchange import read_code_statistics, read_dictionary
 
         (path, source), site, study = self._files(), Site.parse(self.site), self._study()
         width = _stored_width(study, site)
@@ -67,8 +70,10 @@ class ImportCommand(Command):
             label=self.label,
             activations=None if width is None else lambda: _stored(study, site, "train"),
             source=source,
+            exclude=self.exclude,
             keep_halves=True,
         )
+        statistics = read_code_statistics(path, dictionary.size, self.format)
         if width not in (None, dictionary.width):
             raise BadInput(f"{path} is of width {dictionary.width}; the activations of {site} in {study.folder} have {width}.")
         folder, imported = study.dictionary(site, dictionary.label), dictionary.origin.training["imported"]
@@ -76,14 +81,19 @@ class ImportCommand(Command):
             before = read_config(folder).training.get("imported")
             if not isinstance(before, dict) or not isinstance(imported, dict) or before["sha256"] != imported["sha256"]:
                 raise BadInput(f"{study.folder} has another dictionary {dictionary.name}. Name this one with --label.")
+            if before.get("excluded") != imported.get("excluded"):
+                raise BadInput(f"{dictionary.name} was imported with another --exclude. Name this one with --label.")
             print(f"{dictionary.name}: up to date")
-            return [folder]
-        study.write()
-        dictionary.save(folder)
-        print(
-            f"{dictionary.name}: {dictionary.size:,} features of width {dictionary.width}, imported "
-            f"{read_config(folder).imported}\n\ndifflex evaluate {shlex.quote(str(self.out))} --dictionary {dictionary.name}"
-        )
+        else:
+            study.write()
+            dictionary.save(folder)
+            features = f"{dictionary.size:,} features of width {dictionary.width}"
+            print(f"{dictionary.name}: {features}, imported {read_config(folder).imported}")
+            if self.exclude:
+                print(f"{len({*self.exclude})} features are left out of lists of what fires in an image.")
+            print(f"\ndifflex evaluate {shlex.quote(str(self.out))} --dictionary {dictionary.name}")
+        if statistics is not None and CodeStatistics.load(folder) is None:
+            statistics.save(folder)
         return [folder]
 
     def _files(self) -> tuple[Path, str]:

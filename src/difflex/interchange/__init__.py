@@ -5,8 +5,17 @@ from difflex.interchange.formats import (
     ExportResult,
     compare_reconstructions,
     detect_format,
+    read_code_statistics,
     read_dictionary,
     write_dictionary,
 )
 
-__all__ = ["FORMATS", "ExportResult", "compare_reconstructions", "detect_format", "read_dictionary", "write_dictionary"]
+__all__ = [
+    "FORMATS",
+    "ExportResult",
+    "compare_reconstructions",
+    "detect_format",
+    "read_code_statistics",
+    "read_dictionary",
+    "write_dictionary",
+]

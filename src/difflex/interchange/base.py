@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difflex.choices import SAEKind
-from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
+from difflex.dictionaries import SAE, CodeStatistics, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.dictionaries.files import parse_choice
 from difflex.errors import BadInput, BrokenFile, NonFinite
 from difflex.files import Json
@@ -61,6 +61,10 @@ class ForeignFormat(ABC):
     @abstractmethod
     def read(self, source: ForeignSource) -> ForeignDictionary:
         """Read the files."""
+
+    def read_statistics(self, source: ForeignSource, size: int) -> CodeStatistics | None:
+        """Read what the tool measured of the codes of the `size` features; None if that is not among the files."""
+        return None
 
 
 class WritableFormat(ForeignFormat):

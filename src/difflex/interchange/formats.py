@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from difflex.dictionaries import Dictionary, DictionaryOrigin
+from difflex.dictionaries import CodeStatistics, Dictionary, DictionaryOrigin
 from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
-from difflex.files import Json, folder_lock
+from difflex.files import Json, disk_errors, folder_lock
 from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat, WritableFormat
 from difflex.interchange.dictionary_learning import DictionaryLearningFormat
 from difflex.interchange.fae import FaeFormat
@@ -36,6 +38,8 @@ FORMATS: tuple[ForeignFormat, ...] = (
     OvercompleteFormat(),
 )
 """All formats, in the order in which files are compared with them."""
+PARTIAL = ".partial"
+"""The folder in that of an export with what is not whole yet."""
 LABEL = re.compile(r"[A-Za-z0-9][\w.-]{0,60}")
 Batches = Callable[[], Iterator[ActivationBatch]]
 """Activations of the site of a dictionary, in batches."""
@@ -108,27 +112,31 @@ def read_dictionary(
     label: str | None = None,
     activations: Batches | None = None,
     source: str | None = None,
+    exclude: Sequence[int] = (),
     keep_halves: bool = False,
 ) -> Dictionary:
     """Read a dictionary that another tool wrote; the files do not name the `site`, so it has to be given.
 
     The `format` is recognised if it is left out. `k` is needed where the files do not say how many features fire, unless
     `activations` tell it. `label` is added to the name of the dictionary, by default that of the format. `source` is where
-    the files are from, if not from `path`. With `keep_halves`, weights of 16 bits stay as they are: such a dictionary can be
-    saved, and has to be loaded again to be used.
+    the files are from, if not from `path`. `exclude` are features that their publisher leaves out of lists. With
+    `keep_halves`, weights of 16 bits stay as they are: such a dictionary can be saved, and has to be loaded again to be used.
     """
     if label is not None and not LABEL.fullmatch(label):
         raise BadInput(f"'{label[:80]}' cannot be a part of a name. Use letters, digits, points and hyphens.")
     chosen = detect_format(path) if format is None else find_format(format)
     files = ForeignSource(path)
     found = chosen.read(files)
-    training = {"imported": _origin(chosen, files, found, source), "variant": f"-{label or chosen.name}"}
+    imported = _origin(chosen, files, found, source) | ({"excluded": sorted({*exclude})} if exclude else {})
+    training = {"imported": imported, "variant": f"-{label or chosen.name}"}
     origin = DictionaryOrigin(site=Site.parse(site), model=model, revision=revision, training=training)
     k = _choose_k(found, files, origin, k, activations)
     try:
         dictionary = found.make(origin, k)
     except BadInput as error:
         raise BrokenFile(f"{path} cannot be used as a dictionary: {error}") from error
+    if outside := [feature for feature in exclude if not 0 <= feature < dictionary.size]:
+        raise UnknownName(f"{path} has no feature {outside[0]} to exclude: its features are 0 to {dictionary.size - 1}.")
     for name, tensor in dictionary.state().tensors.items():
         # A sum of finite numbers may overflow, but one with NaN or infinity is never finite.
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
@@ -136,20 +144,35 @@ def read_dictionary(
     return dictionary if keep_halves else _in_float32(dictionary)
 
 
+def read_code_statistics(path: Path | str, size: int, format: str | None = None) -> CodeStatistics | None:
+    """Read what the tool measured of the codes of a dictionary with `size` features; None if that is not among its files."""
+    chosen = detect_format(path) if format is None else find_format(format)
+    return chosen.read_statistics(ForeignSource(path), size)
+
+
 def write_dictionary(dictionary: Dictionary, format: str, folder: Path | str, *, approximate: bool = False) -> ExportResult:
     """Write a dictionary to `folder` for another tool; raise with the reason if its format cannot hold it exactly.
 
-    With `approximate` what cannot be expressed is left out.
+    With `approximate` what cannot be expressed is left out. `folder` is new, empty, or holds files of the same export, which is
+    completed if it was stopped.
     """
     chosen, folder = find_format(format), Path(folder)
     if not isinstance(chosen, WritableFormat):
         written = ", ".join(other.name for other in FORMATS if isinstance(other, WritableFormat))
         raise BadInput(f"Files of {chosen.name} are read, not written. Export to one of: {written}.")
     fitted: FittedDictionary = chosen.fit(dictionary, approximate)
-    with folder_lock(folder):
-        if existing := sorted(path.name for path in folder.iterdir()):
-            raise BadInput(f"{folder} is not empty: it has {', '.join(existing[:5])}. Name a new folder.")
-        files = chosen.write(fitted.dictionary, folder)
+    partial = folder / PARTIAL
+    with folder_lock(folder), disk_errors(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        existing = sorted(path.name for path in folder.iterdir())
+        try:
+            made = chosen.write(fitted.dictionary, partial)
+            same = [path.name for path in made if path.name in existing and filecmp.cmp(path, folder / path.name, shallow=False)]
+            if other := [name for name in existing if name not in same]:
+                raise BadInput(f"{folder} is not empty: it has {', '.join(other[:5])}. Name a new folder.")
+            files = [path.replace(folder / path.name) for path in made]  # the configuration comes last
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return ExportResult(files=files, approximations=fitted.approximations, written=fitted.dictionary)
 
 

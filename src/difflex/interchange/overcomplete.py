@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import final, get_args
 
 import torch
+from torch import Tensor
 
 from difflex.choices import SAEKind
 from difflex.dictionaries import SAE, Dictionary
 from difflex.dictionaries.files import parse_choice
-from difflex.errors import BadInput
+from difflex.errors import BadInput, BrokenFile
 from difflex.interchange.base import (
     FittedDictionary,
     ForeignDictionary,
@@ -21,7 +22,7 @@ from difflex.interchange.base import (
     plain_sae,
     refuse_approximation,
 )
-from difflex.interchange.source import ForeignSource
+from difflex.interchange.source import ForeignSource, ForeignTensors
 from difflex.interchange.writing import write_pickle
 
 WEIGHTS = "state_dict.pt"
@@ -32,7 +33,7 @@ SMALLEST = 1e-30
 
 @final
 class OvercompleteFormat(WritableFormat):
-    """The format of overcomplete 0.3: `TopKSAE` and `JumpSAE` with a linear encoder."""
+    """The format of overcomplete 0.3: `TopKSAE` and `JumpSAE` with a linear encoder, also with an archetypal dictionary."""
 
     name, tool = "overcomplete", "overcomplete"
 
@@ -41,18 +42,13 @@ class OvercompleteFormat(WritableFormat):
 
     def read(self, source: ForeignSource) -> ForeignDictionary:
         tensors = source.tensors(source.file.name if source.file else WEIGHTS)
-        if "dictionary._weights" not in tensors.names or f"{ENCODER}.weight" not in tensors.names:
-            raise BadInput(
-                f"{tensors.path} is not of a TopKSAE or JumpSAE with a linear encoder: it has "
-                f"{', '.join(sorted(tensors.names))[:300]}."
-            )
+        _check_class(tensors)
         if others := sorted(name for name in tensors.names if name.startswith("encoder.") and not name.startswith(f"{ENCODER}.")):
             raise BadInput(f"{tensors.path}: its encoder is not linear ({', '.join(others)[:200]}), and cannot be read.")
-        encoder, rows = tensors.matrix(f"{ENCODER}.weight"), tensors.matrix("dictionary._weights").float()
+        encoder, archetypal = tensors.matrix(f"{ENCODER}.weight"), "dictionary.C" in tensors.names
         size, width = encoder.shape
-        # Rows are divided by their norm whenever they are used, with a small constant as there.
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True) + 1e-8
-        decoder = rows.div_(norms).mul_(torch.tensor(tensors.number("dictionary.multiplier")).exp())
+        rows = _archetypal_rows(tensors) if archetypal else _unit_rows(tensors)
+        decoder = rows.mul_(torch.tensor(tensors.number("dictionary.multiplier")).exp())
         thresholds = tensors.vector("thresholds", size).exp() if "thresholds" in tensors.names else None
         make = foreign_sae(
             "topk" if thresholds is None else "jumprelu",
@@ -66,7 +62,7 @@ class OvercompleteFormat(WritableFormat):
             make=make,
             k=None,
             fires_over_thresholds=thresholds is not None,
-            model_class="TopKSAE" if thresholds is None else "JumpSAE",
+            model_class=f"{'RA' if archetypal else ''}{'TopKSAE' if thresholds is None else 'JumpSAE'}",
             config={},
         )
 
@@ -106,3 +102,35 @@ class OvercompleteFormat(WritableFormat):
         if weights.thresholds is not None:
             state["thresholds"] = weights.thresholds.clamp_min(SMALLEST).log()
         return [write_pickle(folder / WEIGHTS, state)]
+
+
+def _check_class(tensors: ForeignTensors) -> None:
+    """Refuse the files of classes that no dictionary here computes as, by the tensors that only they have or lack."""
+    names = tensors.names
+    if "Q" in names:
+        raise BadInput(f"{tensors.path} is of a QSAE, which rounds its codes to learned levels: no dictionary here does that.")
+    if names == {"dictionary._weights", "dictionary.multiplier"}:
+        raise BadInput(
+            f"{tensors.path} is of an MpSAE or an OMPSAE. Both have the same file, which does not say by which pursuit codes are "
+            "found. SAELens files of matching_pursuit say it, and are read."
+        )
+    if f"{ENCODER}.weight" not in names or not {"dictionary._weights", "dictionary.C"} & names:
+        raise BadInput(
+            f"{tensors.path} is not of a TopKSAE or JumpSAE with a linear encoder: it has {', '.join(sorted(names))[:300]}."
+        )
+
+
+def _unit_rows(tensors: ForeignTensors) -> Tensor:
+    """Return the decoder rows at norm one: they are divided by it whenever they are used, with a small constant as there."""
+    rows = tensors.matrix("dictionary._weights").float()
+    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True) + 1e-8)
+
+
+def _archetypal_rows(tensors: ForeignTensors) -> Tensor:
+    """Return the decoder rows of a relaxed archetypal dictionary: means of points with weights, and a difference from them."""
+    weights, points, rest = (tensors.matrix(f"dictionary.{name}").float() for name in ("W", "C", "Relax"))
+    if weights.shape[1] != len(points) or rest.shape != (len(weights), points.shape[1]):
+        shapes = f"W {[*weights.shape]}, C {[*points.shape]} and Relax {[*rest.shape]}"
+        raise BrokenFile(f"{tensors.path}: the shapes of {shapes} do not fit together. Copy it again.")
+    weights = weights.relu()
+    return (weights / (weights.sum(1, keepdim=True) + 1e-8)) @ points + rest

@@ -7,20 +7,20 @@ from typing import final
 
 import torch
 
-from difflex.dictionaries import SAE, Dictionary
+from difflex.dictionaries import SAE, CodeStatistics, Dictionary
+from difflex.errors import NonFinite
 from difflex.interchange.base import FittedDictionary, ForeignDictionary, WritableFormat, encoder_bias, foreign_sae, plain_sae
 from difflex.interchange.source import ForeignSource
 from difflex.interchange.writing import write_config, write_pickle
 
 CONFIG, WEIGHTS = "config.json", "state_dict.pth"
+MEAN, STD = "mean.pt", "std.pt"
+"""Of the codes of each feature where it fires; its SAE of FLUX.1 has no `std.pt`."""
 
 
 @final
 class SDXLUnboxFormat(WritableFormat):
-    """The format of sdxl-unbox, of its SAE of FLUX.1's double.18 and of the OpenAI code that they follow.
-
-    `mean.pt` and `std.pt`, statistics of the codes, are not read: difflex measures those it steers by.
-    """
+    """The format of sdxl-unbox, of its SAE of FLUX.1's double.18 and of the OpenAI code that they follow."""
 
     name, tool = "sdxl-unbox", "sdxl-unbox"
 
@@ -40,6 +40,15 @@ class SDXLUnboxFormat(WritableFormat):
             encoder_bias=tensors.vector(f"{prefix}latent_bias", size),
         )
         return ForeignDictionary(make=make, k=config.count("k"), model_class="topk", config=config.entries)
+
+    def read_statistics(self, source: ForeignSource, size: int) -> CodeStatistics | None:
+        mean, std = (source.tensors(name).vector("", size) if source.has(name) else None for name in (MEAN, STD))
+        if mean is None:
+            return None
+        try:
+            return CodeStatistics(mean=mean, std=std)
+        except NonFinite as error:
+            raise NonFinite(f"{source.path}/{MEAN} and {STD} cannot be used: {error} Copy them again.") from error
 
     def fit(self, dictionary: Dictionary, approximate: bool) -> FittedDictionary:
         return plain_sae(dictionary, self, approximate, thresholds=False)

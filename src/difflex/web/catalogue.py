@@ -188,6 +188,10 @@ class Catalogue:
         """Return the figures of all features of a dictionary, by the name of the column."""
         return self._table(ref).columns
 
+    def excluded(self, ref: DictionaryRef) -> frozenset[int]:
+        """Return the features that whoever published the dictionary excludes from lists of what fires."""
+        return read_config(self.study.dictionary(*ref)).excluded
+
     def tiles(self, ref: DictionaryRef, features: Sequence[int]) -> list[TileAnswer]:
         """Return features of a dictionary as tiles."""
         with self.book(ref) as book:

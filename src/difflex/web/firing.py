@@ -97,10 +97,11 @@ class Firing(NamedTuple):
 
         `peak` sorts by the largest value in shares of the feature's peak, `area` by the area that it covers, `both` by the
         product of the former and the root of the latter. All are multiplied by the share of tokens at which the feature is silent
-        in its book, so that what fires everywhere comes late.
+        in its book, so that what fires everywhere comes late; features that its publisher excludes do not come.
         """
         figures = catalogue.columns(ref)
         rank = self._ranks(figures, order)
+        rank[[*catalogue.excluded(ref)]] = 0.0
         count = max(1, min(FEATURES, MOST_BYTES // (self.grid[0] * self.grid[1])))
         chosen = [int(feature) for feature in np.argsort(-rank, kind="stable")[:count] if rank[feature] > 0]
         if also is not None and also not in chosen:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
+from difflex.dictionary_config import read_config
 from difflex.errors import DifflexError
 from difflex.explanation.comparison import read_methods
 from difflex.features import Book, FeatureFilter, ImageAlbum, overlaid
@@ -69,16 +70,18 @@ class FeatureRanking:
 
     def __init__(self, facts: StudyFacts, book: Book, ref: DictionaryRef) -> None:
         self._book, self._ref = book, ref
+        self._excluded = read_config(facts.study.dictionary(*ref)).excluded
         self._concepts, self._explained = _detected_concepts(facts, ref), _explained(facts, book)
         self.measure = AP if self._concepts else SCORE if self._explained else PEAK
 
     def features(self, worst: bool = False) -> Iterator[RankedFeature]:
         """Yield features that fire in enough shots, best or worst first; of equal ones those of the highest peak first."""
         known, size = (self._concepts or self._explained).items(), self._book.about.size
-        values = {feature: value for feature, (_, value) in known if feature < size}
+        values = {feature: value for feature, (_, value) in known if feature < size and feature not in self._excluded}
         if not values:
             fires = FeatureFilter("shots", ">=", EXAMPLES)
-            yield from map(self._ranked, self._book.features("peak", descending=not worst, where=[fires], limit=SCANNED))
+            rows = self._book.features("peak", descending=not worst, where=[fires], limit=SCANNED)
+            yield from (self._ranked(row) for row in rows if row.feature not in self._excluded)
             return
         for _, equal in groupby(sorted(values, key=values.__getitem__, reverse=not worst), key=values.__getitem__):
             rows = sorted(map(self._book.feature, equal), key=lambda row: (-row.peak, row.feature))
