@@ -169,6 +169,7 @@ INNER_DOORS = {
     "effects.concept_specs",
     "effects.drawn_world",
     "effects.edit_bench",
+    "effects.finding_rules",
     "effects.findings",
     "effects.inputs",
     "effects.removal",

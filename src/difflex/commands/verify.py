@@ -33,6 +33,8 @@ PARTS = {
     "dictionaries/*/*/training/state.json": ("training states", "Move its folder away: a finished dictionary is not affected."),
     "evaluation/*/*.json": ("evaluation", "Move it away and run difflex evaluate again."),
     "concepts/*/*.json": ("concepts", "Move it away and run difflex concepts again."),
+    "measures/*/*.json": ("measures", "Move it away and run difflex measure again."),
+    "block-roles.json": ("block roles", "Move it away and run difflex block-roles again."),
     "books/*/*.sqlite": ("books", ""),
     "books/*/*.safetensors": ("books", "Move it away and run difflex collect again."),
     "images/*.webp": ("images", ""),
@@ -42,6 +44,7 @@ PARTS = {
     "steering/contrasts/*.safetensors": ("contrasts", "Run difflex contrast again."),
     "steering/judged/*/*.json": ("steer-eval", "Move it away and run difflex steer-eval again."),
     "steering/removal/*/*.json": ("removal", "Move it away and run difflex removal again."),
+    "steering/cae/*.json": ("cae", "Move it away and run difflex cae again."),
     "steering/findings/*.json": ("findings", "Move it away and run difflex findings again."),
 }
 """For files by their place in a study: the line of the summary that counts them, and how a damaged one is repaired."""

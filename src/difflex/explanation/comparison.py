@@ -22,7 +22,15 @@ from difflex.features.explanations import Explanation, ExplanationScore, Judgeme
 from difflex.files import write_json
 from difflex.tables import text_table
 
-__all__ = ["ExplainedMethod", "MethodComparison", "MethodDifference", "compare_methods", "read_methods"]
+__all__ = [
+    "ExplainedMethod",
+    "MeanEstimate",
+    "MethodComparison",
+    "MethodDifference",
+    "compare_methods",
+    "estimate_mean",
+    "read_methods",
+]
 
 DRAWS = 2000
 """Bootstrap resamples of an interval."""
