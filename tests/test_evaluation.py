@@ -275,6 +275,11 @@ def test_images_are_compared_by_psnr_ssim_and_other_measures():
     assert effect.psnr.reconstruction > 100 > effect.psnr.zero == pytest.approx(-10 * math.log10(effect.image_error.zero))
     assert effect.similarity["ssim"].reconstruction == pytest.approx(1) and effect.similarity["ssim"].zero < 1
     assert effect.similarity["largest"].zero > effect.similarity["largest"].reconstruction
+    plain, zero = (values.sigmoid().mean(1)[:, 0] for values in (x, torch.zeros_like(x)))
+    distances = 255 * (plain - zero).abs()
+    assert effect.similarity["manhattan"].zero == pytest.approx(float(distances.mean()), rel=1e-4)
+    assert effect.medians["manhattan"].zero == pytest.approx(float(distances.mean()), rel=1e-4), "of two images"
+    assert effect.medians["largest"].zero > 0 and "squared error" not in effect.medians
 
 
 def test_effects_do_not_depend_on_the_other_dictionaries():

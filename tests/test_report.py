@@ -231,7 +231,7 @@ def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp
 def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):
     page = page_of(full_study(tmp_path))
     links = re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)" download="(\w+)\.csv"', page)
-    assert len(links) == 16 + len(EXPLANATIONS | STEERING)
+    assert len(links) == 17 + len(EXPLANATIONS | STEERING)
     for code, name in links:
         assert base64.b64decode(code).decode() == (tmp_path / "report" / f"{name}.csv").read_text(encoding="utf-8")
 

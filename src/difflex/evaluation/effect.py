@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Float64
@@ -20,7 +20,7 @@ from difflex.records import ActivationBatch, EditOutcomes, Shot
 Edits = Mapping[str, Callable[[Float[Tensor, "batch token width"], object], Float[Tensor, "batch token width"]]]
 """Functions that replace a site's activations, by name; the second argument, the hook context, is not used."""
 
-SQUARED_ERROR = "squared error"
+SQUARED_ERROR, MANHATTAN = "squared error", "manhattan"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,11 @@ class ModelEffect:
     image_error: ReplacementEffect | None
     """Mean squared difference of pixels between 0 and 1; None without images."""
     similarity: dict[str, ReplacementEffect]
-    """`ssim` and every other image measure by name, averaged over images."""
+    """`ssim`, `manhattan` and every other image measure by name, averaged over images."""
     precision: str | None = None
     """Of the model's weights; None for that of the harvest."""
+    medians: dict[str, ReplacementEffect] = field(default_factory=dict)
+    """The same measures, the median over images."""
 
     @property
     def psnr(self) -> ReplacementEffect | None:
@@ -90,7 +92,8 @@ def measure_effects(
     changes, timesteps = _prediction_changes(predictions(edits), list(edits))
     if not len(timesteps):
         raise BadInput(f"There are no shots to measure the effect of {dictionaries[0].name} at. Harvest more prompts.")
-    comparisons = _compare_images([] if images is None else images(edits), list(edits), {"ssim": ssim, **(measures or {})})
+    every = {"ssim": ssim, MANHATTAN: manhattan, **(measures or {})}
+    comparisons = _compare_images([] if images is None else images(edits), list(edits), every)
     for output, values in (("predictions", changes[:, 1:]), ("images", comparisons[SQUARED_ERROR])):
         for name, column in zip(edits, values.T, strict=True):
             if not bool(torch.isfinite(column).all()):
@@ -165,6 +168,8 @@ def _effect(
 
     images = len(comparisons[SQUARED_ERROR])
     similarity = {name: replacement(values.mean(0)) for name, values in comparisons.items()} if images else {}
+    medians = {name: replacement(values.quantile(0.5, dim=0)) for name, values in comparisons.items()} if images else {}
+    medians.pop(SQUARED_ERROR, None)
     return ModelEffect(
         shots=len(timesteps),
         prediction=relative_change(changes),
@@ -172,7 +177,15 @@ def _effect(
         images=images,
         image_error=similarity.pop(SQUARED_ERROR, None),
         similarity=similarity,
+        medians=medians,
     )
+
+
+def manhattan(
+    images: Float[Tensor, "image channel row column"], references: Float[Tensor, "image channel row column"]
+) -> Float[Tensor, " image"]:
+    """Return the Manhattan distance of each pair of images per pixel and channel, in levels from 0 to 255."""
+    return 255 * (images - references).abs().mean((1, 2, 3))
 
 
 def sample_shots(batches: Iterable[ActivationBatch], shot: Callable[[int], Shot], count: int, seed: int = 0) -> list[Shot]:

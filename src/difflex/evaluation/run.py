@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from difflex.dictionaries import Dictionary, fingerprint
 from difflex.errors import BadInput, UnknownName
-from difflex.evaluation.effect import Edits, ModelEffect, measure_effects, sample_shots
+from difflex.evaluation.effect import MANHATTAN, Edits, ModelEffect, measure_effects, sample_shots
 from difflex.evaluation.image_similarity import ImageMeasure, check_measure, load_measure
 from difflex.evaluation.reconstruction import TOKENS, Evaluation, evaluate
 from difflex.files import folder_lock
@@ -180,8 +180,11 @@ class _WantedEffect(NamedTuple):
     """Whether an effect with other settings is measured again."""
 
     def differs(self, effect: ModelEffect | None) -> bool:
-        """Return whether an effect is at fewer shots, or with another precision."""
-        return bool(self.shots) and effect is not None and (effect.shots < self.shots or effect.precision != self.precision)
+        """Return whether an effect is at fewer shots, with another precision, or of a version without all its measures."""
+        if effect is None or not self.shots:
+            return False
+        lacks = effect.images > 0 and MANHATTAN not in effect.medians
+        return effect.shots < self.shots or effect.precision != self.precision or lacks
 
     def is_missing(self, effect: ModelEffect | None) -> bool:
         """Return whether an effect must be measured."""
@@ -211,7 +214,8 @@ def _combine(before: ModelEffect | None, effect: ModelEffect) -> ModelEffect:
     """Add to `effect` the image measures taken before on the same images."""
     if before is None or (before.shots, before.precision) != (effect.shots, effect.precision):
         return effect
-    return replace(effect, similarity={**before.similarity, **effect.similarity})
+    similarity, medians = {**before.similarity, **effect.similarity}, {**before.medians, **effect.medians}
+    return replace(effect, similarity=similarity, medians=medians)
 
 
 def evaluation_table(results: Mapping[DictionaryRef, EvaluationResult], measures: Sequence[str] = ()) -> str:
@@ -226,6 +230,7 @@ def _cells(evaluation: Evaluation, measures: Sequence[str]) -> dict[str, str]:
     model, normalised = quality.model_space, quality.normalised_space or quality.model_space
     psnr, similarity = (effect.psnr, effect.similarity) if effect else (None, {})
     ssim, others = similarity.get("ssim"), {name: similarity.get(name) for name in measures}
+    distance, median = (measured.get(MANHATTAN) for measured in (similarity, effect.medians if effect else {}))
     return {
         "tokens": f"{quality.tokens:,}",
         "FVU": _number(model.fvu),
@@ -239,6 +244,8 @@ def _cells(evaluation: Evaluation, measures: Sequence[str]) -> dict[str, str]:
         "v / zero": _number(effect and effect.prediction.of_zero),
         "PSNR": _number(psnr and psnr.reconstruction, 1),
         "SSIM": _number(ssim and ssim.reconstruction, 3),
+        "L1": _number(distance and distance.reconstruction, 2),
+        "median L1": _number(median and median.reconstruction, 2),
         **{name: _number(measure and measure.reconstruction) for name, measure in others.items()},
     }
 

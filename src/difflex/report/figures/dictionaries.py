@@ -189,6 +189,7 @@ MORE_COLUMNS = (
 MEASURES = {
     "clip": "the same by the cosine of their embeddings in this CLIP model; 1 for equal images",
     "lpips": "the same by the distance of LPIPS; 0 for equal images",
+    "manhattan": "the same by the mean difference of pixels, in levels from 0 to 255",
 }
 """The meaning of measures of similarity, by the first part of their names."""
 

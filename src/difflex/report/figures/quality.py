@@ -43,7 +43,7 @@ def quality(facts: StudyFacts) -> ReportSection:
     if evaluated := facts.evaluated:
         usual = usually_normalised(evaluated)
         comparable = one_size(usual)
-        figures = [*_sweep(usual), *_sites(comparable), *_timesteps(comparable), _effect(evaluated)]
+        figures = [*_sweep(usual), *_sites(comparable), *_timesteps(comparable), _effect(evaluated), *_images(evaluated)]
     elif facts.dictionaries:
         figures = [MissingFigure("Reconstruction over k and size, sites and timesteps", "difflex evaluate STUDY")]
     return ReportSection(
@@ -266,3 +266,36 @@ def _effect(evaluated: Iterable[DictionaryFacts]) -> ReportFigure | MissingFigur
         drawings=[plot("velocity error against FVU", about, x, y, curves)],
         legend=[curve.series for curve in curves],
     )
+
+
+def _images(evaluated: Iterable[DictionaryFacts]) -> list[ReportFigure]:
+    """Return how far images move under the reconstruction, against the explained variance; no figure without such images."""
+    measured = [(d, effect) for d in evaluated if (effect := d.metrics.effect) and "manhattan" in effect.medians]
+    names = list(dict.fromkeys(name for _, effect in measured for name in effect.similarity if name != "manhattan"))
+    rows, curves = [], []
+    for kind, own in group_by(measured, lambda item: item[0].kind).items():
+        points = []
+        for d, effect in own:
+            ev, mean, median = (d.metrics.overall.model_space.ev, effect.similarity["manhattan"], effect.medians["manhattan"])
+            others = [effect.similarity[name].reconstruction if name in effect.similarity else None for name in names]
+            psnr = effect.psnr and effect.psnr.reconstruction
+            rows.append((d.name, kind, effect.images, ev, mean.reconstruction, median.reconstruction, psnr, *others, mean.zero))
+            tip = f"{d.name}\nEV {number(ev)}\nL1 {number(mean.reconstruction)}, median {number(median.reconstruction)}"
+            points.append(PlotPoint(ev, mean.reconstruction, f"{tip}\nablated block {number(mean.zero)}"))
+        curves.append(PlotCurve(kind_series(kind, line=False), points, line=False))
+    if not rows:
+        return []
+    x, y = Axis(label="EV"), Axis(label="Manhattan distance", low=0.0)
+    about = f"{len(rows)} dictionaries: the Manhattan distance of images against explained variance."
+    figure = ReportFigure(
+        name="replaced",
+        title="Images with the reconstruction in its place",
+        caption="The reconstruction replaces the activation, or the update, at every step. Compare with table 5 of arXiv "
+        "2410.22366; the CSV has its columns and the distance with zero in place of the activation.",
+        formula="mean over pixels and channels of |edited - unedited|, from 0 to 255; mean over images",
+        columns=("dictionary", "kind", "images", "EV", "L1 mean", "L1 median", "PSNR", *names, "L1 mean, zero"),
+        rows=rows,
+        drawings=[plot("distance against EV", about, x, y, curves)],
+        legend=[curve.series for curve in curves],
+    )
+    return [figure]
