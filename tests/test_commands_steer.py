@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from sample_study import write_matches
 
 from difflex.cli import main
 from difflex.commands.flags import _strengths
-from difflex.dictionaries import Dictionary
+from difflex.dictionaries import CodeStatistics, Dictionary
+from difflex.errors import UnknownName
 from difflex.evaluation.concepts import Concept
-from difflex.records import Site
+from difflex.records import Edit, Site
 from difflex.steering import StudyEditor
 from difflex.steering.contrast import Contrast
 from difflex.steering.strengths import STRENGTHS
@@ -302,3 +305,14 @@ def test_an_icon_of_a_mean_code_is_recorded_and_replayed(study: Path, alive: lis
     assert steer(study, "--replay", record, "--out", again) == 0
     assert tiles(Path(out))[-1][-2000:] == tiles(Path(again))[-1][-2000:]
     assert main([*words, "--strength", "1,2", "--record", record]) == 2
+
+
+def test_a_mean_code_that_a_dictionary_was_imported_with_is_its_unit_and_needs_no_activations(study: Path, alive: list[str]):
+    shutil.rmtree(study / "activations")
+    shutil.rmtree(study / "steering", ignore_errors=True)
+    folder, feature = study / "dictionaries" / SITE / LABEL, int(alive[0])
+    CodeStatistics(mean=torch.arange(64.0)).save(folder)
+    edit = Edit(operation="replace", site=Site(SITE), dictionary=LABEL, features=(feature,), unit="mean")
+    assert StudyEditor(Study.open(study)).features(edit).units["mean"].tolist() == [feature]
+    with pytest.raises(UnknownName, match="harvest the site"):
+        StudyEditor(Study.open(study)).features(replace(edit, unit="peak"))

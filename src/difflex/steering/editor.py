@@ -11,7 +11,7 @@ from typing import ClassVar, final
 import torch
 
 from difflex.devices import find_device
-from difflex.dictionaries import Dictionary, DictionaryOrigin, fingerprint
+from difflex.dictionaries import CodeStatistics, Dictionary, DictionaryOrigin, fingerprint
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import file_sha256
 from difflex.json_records import JsonRecord
@@ -74,8 +74,11 @@ class StudyEditor:
         elif edit.operation == "reconstruct":
             features = reconstruction(source)
         else:
-            scales = self.scales(place) if edit.has_unit and edit.unit in ("peak", "mean", "norm") else None
-            features = dictionary_features(source, edit.features, scales)
+            published = CodeStatistics.load(self.study.dictionary(*place)) if edit.has_unit and edit.unit == "mean" else None
+            is_measured = edit.has_unit and edit.unit in ("peak", "mean", "norm") and published is None
+            features = dictionary_features(source, edit.features, self.scales(place) if is_measured else None)
+            if published is not None:
+                features = features._replace(units={**features.units, "mean": published.mean[list(edit.features)]})
             features = features._replace(description=f"{place} {', '.join(map(str, edit.features))}")
         return features._replace(origin=replace(origin, model=self.study.model, revision=self.study.revision))
 
