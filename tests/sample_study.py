@@ -33,6 +33,10 @@ from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
 from difflex.features.entries import Example, FeatureNeighbour, FeatureStats, ImageFile, TokenMap
 from difflex.features.explanations import Explanation, ExplanationScore
 from difflex.files import file_sha256
+from difflex.measures import BlockRoleResults, BlockRolesConfig, FeatureMeasures, MeasureConfig
+from difflex.measures.block_roles import PAPER_ROLES, BlockChange, judge_claims
+from difflex.measures.image_aspects import ASPECTS
+from difflex.measures.records import FeatureValue, MeasureEstimate
 from difflex.records import Shot, Site
 from difflex.study import DictionaryRef, Study
 
@@ -389,6 +393,40 @@ def write_edit_bench(study: Study, name: str = "drawn") -> None:
     ).save(study.edit_bench(name))
 
 
+def write_measures(study: Study, name: str) -> None:
+    """Write measures of three features of a dictionary: of specificity and colour, above random features."""
+    values = tuple(FeatureValue(feature, 0.5 + feature / 10, 0.25) for feature in range(3))
+    site, _, label = name.partition("/")
+    FeatureMeasures(
+        model=study.model,
+        dictionary=name,
+        config=MeasureConfig(),
+        provenance=Provenance.of(study, {DictionaryRef(Site.parse(site), label): {}}),
+        features=(0, 1, 2),
+        values={"specificity": values, "colour": values},
+        done={"specificity": 3, "colour": 3},
+        estimates=dict.fromkeys(("specificity", "colour"), MeasureEstimate.of(values)),
+    ).save(study.measures(Site.parse(site), label))
+
+
+def write_block_roles(study: Study) -> None:
+    """Write the roles of the four blocks that arXiv 2410.22366 describes: all roles change alike."""
+    changes = dict.fromkeys(ASPECTS, (0.25, 0.75))
+    blocks = tuple(
+        BlockChange(site=Site(path, "update"), without=changes, random=changes, judged={}, judged_random={})
+        for path in PAPER_ROLES
+    )
+    BlockRoleResults(
+        model=study.model,
+        revision=study.revision,
+        config=BlockRolesConfig(prompts="made", images=2),
+        unrelated=dict.fromkeys(ASPECTS, 1.0),
+        judged_unrelated={},
+        blocks=blocks,
+        claims=tuple(judge_claims(blocks)),
+    ).save(study.block_roles)
+
+
 def full_study(folder: Path) -> Study:
     """Return a study with records of every station: two sites, two sizes and k, variants, ITDA, concepts and anatomy."""
     study = new_study(folder)
@@ -410,6 +448,8 @@ def full_study(folder: Path) -> Study:
     write_steering(study, "double.1/itda-1020-k16-first100", success=0.6)
     write_removal(study, "double.1/topk-1024-k16")
     write_edit_bench(study)
+    write_measures(study, "double.1/topk-1024-k16")
+    write_block_roles(study)
     write_findings(study, "double.1", by={"out-of-distribution": "double.1/topk-1024-k16"})
     write_findings(study, "double.2")
     write_book(study, "double.1/itda-1020-k16-first100")

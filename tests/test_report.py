@@ -89,7 +89,7 @@ def test_a_whole_study_has_every_figure(tmp_path: Path):
         "coverage",
         "roles",
     }
-    names |= {"dictionaries", "claims", "images", "wall", "paper"} | EXPLANATIONS | STEERING
+    names |= {"dictionaries", "claims", "images", "wall", "paper", "measures", "block_roles"} | EXPLANATIONS | STEERING
     assert {path.stem for path in (tmp_path / "study" / "report").glob("*.csv")} == names
     assert set(re.findall(r'id="figure-(\w+)"', page)) == names
     # Steering has two groups, neither of them texture; three features are explained, and the claim takes ten.
@@ -907,3 +907,14 @@ def test_findings_are_shown_with_verdict_and_rule_at_every_site(tmp_path: Path):
     change(path, lambda text: text.replace('"model": "mini-flux"', '"model": "other"'))
     assert "double.1.json is of other" in page_of(study)
     assert {row["site"] for row in rows_of(study, "findings")} == {"double.2"}
+
+
+def test_measures_and_block_roles_are_shown_with_their_baselines_and_verdicts(tmp_path: Path):
+    study = full_study(tmp_path)
+    page = page_of(study)
+    assert "double.1/topk-1024-k16" in tips(page, "measures")[0]
+    assert {row["measure"] for row in rows_of(study, "measures")} == {"specificity", "colour"}
+    assert "up.0.1:update" in page and "cannot be said" in page
+    assert {row["share"] for row in rows_of(study, "block_roles")} == {"0.25"}
+    write_dictionary(study, "double.1/topk-1024-k16", weights=b"trained again")
+    assert "of older weights of its dictionary. Run difflex measure again." in page_of(study)

@@ -16,12 +16,14 @@ from difflex.commands.flags import (
     SEED,
     FeatureNames,
     StudyImagesCommand,
+    memory_to_work,
     number,
     real,
 )
 from difflex.commands.inputs import load_study_model, named_features, open_study
 from difflex.errors import BadInput
 from difflex.explore.inputs import read_prompts
+from difflex.images import check_output
 from difflex.records import Site
 from difflex.study import Study
 
@@ -170,9 +172,19 @@ class BlockRolesCommand(StudyImagesCommand):
             if self.out is not None:
                 raise BadInput("The results of a study are kept in it. Leave --out out.")
             study = open_study(path, self)
+            check_output(study.block_roles)
             return load_study_model(study, self), study
-        precision = None if self.precision == "auto" else self.precision
-        pipe = difflex.load(self.study_or_model, precision=precision, offload=self.offload, offline=self.offline)
+        if self.out is not None:
+            check_output(Study(folder=self.out, model="").block_roles)
+        precision, offload = self.precision, self.offload
+        if precision == "auto":
+            from difflex.pipeline import choose_precision
+
+            wish = True if offload else None
+            precision, offload = choose_precision(
+                self.study_or_model, offload=wish, offline=self.offline, reserve=memory_to_work()
+            )
+        pipe = difflex.load(self.study_or_model, precision=precision, offload=offload, offline=self.offline)
         pipe.engine.set_defaults(self.pixels, self.steps, self.guidance)
         if self.out is None:
             return pipe, None

@@ -31,7 +31,7 @@ MEASURES: Mapping[MeasureName, str] = MappingProxyType(
         "specificity": "similarity of the top images",
         "known-specificity": "pairs of top images that share the concept",
         "sensitivity": "fires in images of its explanation",
-        "causality": "similarity of the feature alone to its top images",
+        "causality": "similarity of a feature alone to its top images",
         "known-causality": "images of the feature alone that show its concept",
         "texture": "share of an edit that is texture",
         "colour": "mean change of colour in the region of an edit",

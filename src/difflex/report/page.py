@@ -23,6 +23,7 @@ from difflex.report.figures.editing import editing
 from difflex.report.figures.effects import findings, removal
 from difflex.report.figures.explanations import explanations
 from difflex.report.figures.gallery import gallery, wall
+from difflex.report.figures.measures import block_roles, measures
 from difflex.report.figures.paper import paper_figures
 from difflex.report.figures.quality import quality
 from difflex.report.figures.steering import steering, strip
@@ -175,6 +176,8 @@ SECTIONS: tuple[Callable[[StudyFacts], ReportSection], ...] = (
     anatomy,
     explanations,
     gallery,
+    measures,
+    block_roles,
     steering,
     removal,
     editing,

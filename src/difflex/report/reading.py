@@ -19,6 +19,7 @@ from difflex.evaluation.anatomy import Anatomy
 from difflex.evaluation.concepts.results import ConceptMatches, ConceptsConfig
 from difflex.features import Book, BookInfo, ImageAlbum
 from difflex.images import open_image
+from difflex.measures import BlockRoleResults, FeatureMeasures
 from difflex.report.facts import DictionaryFacts, GroupCoverage, MatchFacts, SteeringFacts, StoreFacts, StudyFacts, group_by
 from difflex.store import Store
 from difflex.study import DictionaryRef, Study, read_log, recipe_record
@@ -33,6 +34,7 @@ FILES += (
     "steering/findings/*.json",
     "steering/edit-bench/*.json",
 )
+FILES += ("measures/*/*.json", "block-roles.json")
 """The files of a study of which the report shows the latest time."""
 T = TypeVar("T")
 
@@ -61,6 +63,8 @@ def read_facts(study: Study, control: Study | None = None) -> StudyFacts:
         removals=reader.removals(),
         findings=reader.findings(),
         edit_benches=reader.edit_benches(),
+        measures=reader.measures(),
+        block_roles=reader.block_roles(),
         problems=tuple(dict.fromkeys(problems)),
     )
 
@@ -212,6 +216,26 @@ class _StudyReader:
             else:
                 current.append(results)
         return tuple(current)
+
+    def measures(self) -> tuple[FeatureMeasures, ...]:
+        """Return the measures of features that are of the present weights of their dictionaries."""
+        current = []
+        for path, record in self._load_all(FeatureMeasures.load, sorted(self.study.folder.glob("measures/*/*.json"))):
+            if record.model != self.study.model or self._changed(record.provenance):
+                self._reject(f"{path} is of older weights of its dictionary. Run difflex measure again.")
+            else:
+                current.append(record)
+        return tuple(current)
+
+    def block_roles(self) -> BlockRoleResults | None:
+        """Return the roles of the blocks of the study's model."""
+        path = self.study.block_roles
+        roles = self._load_existing(BlockRoleResults.load, path)
+        if roles is None or (roles.model, roles.revision) == (self.study.model, self.study.revision):
+            return roles
+        return self._reject(
+            f"{path.name} is of {roles.model} {roles.revision}, not of this study. Run difflex block-roles again."
+        )
 
     def findings(self) -> tuple[Findings, ...]:
         """Return the findings of the study's model, without those whose dictionaries have changed."""
