@@ -138,7 +138,8 @@ def test_the_recipes_of_the_package_hold_values_that_the_command_line_accepts(na
 
 
 WORK = (
-    "train itda neurons evaluate concepts collect features show explain steer icon contrast steer-eval removal edit-bench compare"
+    "train itda neurons evaluate concepts measure collect features show explain steer icon contrast steer-eval removal edit-bench"
+    " compare"
 )
 
 

@@ -22,7 +22,7 @@ from difflex.commands.flags import (
 )
 from difflex.commands.inputs import load_study_model, named_features, open_study
 from difflex.errors import BadInput
-from difflex.explore.inputs import read_prompts
+from difflex.explore.inputs import PromptSource, read_prompts
 from difflex.images import check_output
 from difflex.records import Site
 from difflex.study import Study
@@ -135,15 +135,12 @@ class BlockRolesCommand(StudyImagesCommand):
         from difflex.effects.inputs import to_tensor
         from difflex.measures import BlockRolesConfig, block_roles_table, measure_block_roles
 
-        pipe, study = self._opened()
+        study = self._study()
+        prompts, texts = self._prompts(study)
+        pipe = self._load() if study is None else load_study_model(study, self)
+        if self.out is not None:
+            study = Study.begin(self.out, pipe.name, pipe.revision)
         shot = next(iter(pipe.shots("")))
-        source = self.prompts or (study.settings.prompts if study else None)
-        if source is None:
-            raise BadInput("There are no prompts to generate images of. Name a file with --prompts, or captions.")
-        prompts = read_prompts(source, None)
-        texts = list(islice(prompts.texts, self.images))
-        if len(texts) < self.images:
-            raise BadInput(f"{source} has {len(texts)} prompts, fewer than {self.images}. Give --images {len(texts)}.")
         run = f"{shot.precision}, {shot.pixels[0]}x{shot.pixels[1]}, {shot.steps} steps, guidance {shot.guidance:g}"
         config = BlockRolesConfig(
             prompts=prompts.source,
@@ -163,33 +160,43 @@ class BlockRolesCommand(StudyImagesCommand):
         print(block_roles_table(roles))
         return None if path is None else [path]
 
-    def _opened(self) -> "tuple[Pipeline, Study | None]":
-        """Return the model, and the study to keep the results in."""
+    def _study(self) -> Study | None:
+        """Return the study that the first word names; None if that is a model."""
+        path = Path(self.study_or_model)
+        if not (path / "study.json").is_file() and path.suffix != ".zip":
+            if self.out is not None:
+                check_output(Study(folder=self.out, model="").block_roles)
+            return None
+        if self.out is not None:
+            raise BadInput("The results of a study are kept in it. Leave --out out.")
+        study = open_study(path, self)
+        check_output(study.block_roles)
+        return study
+
+    def _prompts(self, study: Study | None) -> tuple[PromptSource, list[str]]:
+        """Return the source of the prompts, and as many of them as there are images."""
+        source = self.prompts or (study.settings.prompts if study else None)
+        if source is None:
+            raise BadInput("There are no prompts to generate images of. Name a file with --prompts, or captions.")
+        prompts = read_prompts(source, None)
+        texts = list(islice(prompts.texts, self.images))
+        if len(texts) < self.images:
+            raise BadInput(f"{source} has {len(texts)} prompts, fewer than {self.images}. Give --images {len(texts)}.")
+        return prompts, texts
+
+    def _load(self) -> "Pipeline":
+        """Load the model that the first word names."""
         import difflex
 
-        path = Path(self.study_or_model)
-        if (path / "study.json").is_file() or path.suffix == ".zip":
-            if self.out is not None:
-                raise BadInput("The results of a study are kept in it. Leave --out out.")
-            study = open_study(path, self)
-            check_output(study.block_roles)
-            return load_study_model(study, self), study
-        if self.out is not None:
-            check_output(Study(folder=self.out, model="").block_roles)
         precision, offload = self.precision, self.offload
         if precision == "auto":
             from difflex.pipeline import choose_precision
 
-            wish = True if offload else None
-            precision, offload = choose_precision(
-                self.study_or_model, offload=wish, offline=self.offline, reserve=memory_to_work()
-            )
+            wishes = {"offload": True if offload else None, "offline": self.offline, "reserve": memory_to_work()}
+            precision, offload = choose_precision(self.study_or_model, **wishes)
         pipe = difflex.load(self.study_or_model, precision=precision, offload=offload, offline=self.offline)
         pipe.engine.set_defaults(self.pixels, self.steps, self.guidance)
-        if self.out is None:
-            return pipe, None
-        study = Study.begin(self.out, pipe.name, pipe.revision)
-        return pipe, study
+        return pipe
 
     def _sites(self, pipe: "Pipeline") -> Iterator[Site]:
         """Yield the sites of the updates of blocks in the image stream: by default of all that are in no other block."""
