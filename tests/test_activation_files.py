@@ -1,6 +1,11 @@
 """Activations in files of other tools: back in a store they are what they were, and files that cannot be used are refused."""
 
 import json
+import random
+import resource
+import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -9,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from damage import mutated, odd_json
 from fake_harvest import SITES, FakeHarvest, fake_shots
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -172,10 +178,45 @@ def test_the_commands_export_import_and_train(tmp_path: Path, capsys: pytest.Cap
     stored(study.activations)
     words = ["--site", str(SITE), "--to", "safetensors", "--out", str(tmp_path / "files")]
     assert main(["export-activations", str(study.folder), *words]) == 0
+    times = [path.stat().st_mtime_ns for path in sorted((tmp_path / "files").iterdir())]
+    assert main(["export-activations", str(study.folder), *words]) == 0
+    assert times == [path.stat().st_mtime_ns for path in sorted((tmp_path / "files").iterdir())]
+    capsys.readouterr()
+    words[3] = "npy"
     assert main(["export-activations", str(study.folder), *words]) == 2
-    assert "holds exported activations already" in capsys.readouterr().err
+    assert "holds other exported activations" in capsys.readouterr().err
     assert main(["import-activations", str(tmp_path / "files"), "--out", str(tmp_path / "other")]) == 0
     assert "imported from safetensors files" in capsys.readouterr().out
     assert Study.open(tmp_path / "other").stores().keys() == {Site.parse(str(SITE))}
     assert main(["itda", str(tmp_path / "other"), "--site", str(SITE), "--threshold", "0.5", "--size", "16", "--k", "2"]) == 0
     assert main(["evaluate", str(tmp_path / "other"), "--effect-shots", "0"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["safetensors", "npy", "parquet"])
+@pytest.mark.parametrize("count", [25, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_files_make_sentences(tmp_path: Path, kind: ActivationFormat, count: int):
+    whole, draw = tmp_path / "whole", random.Random(f"{kind}/{count}")
+    store = record(tmp_path / "store", fake_shots(6), [SITE], FakeHarvest(), RecordingConfig(batch=4, progress=False))[0]
+    export_activations(store, kind, whole, progress=False)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(count):
+        copy, out = Path(shutil.copytree(whole, tmp_path / f"{number}")), tmp_path / f"{number}-out"
+        file = draw.choice(sorted(copy.iterdir()))
+        if file.name == "index.json" and draw.random() < 0.8:
+            entries = json.loads(file.read_text())
+            entries.pop("checksum")
+            file.write_bytes(odd_json(json.dumps(entries).encode(), draw))
+        else:
+            file.write_bytes(mutated(file.read_bytes(), file.suffix, draw))
+        if draw.random() < 0.5:
+            for name in ("index.json", "shots.jsonl", "shots.npy", "tokens.npy"):  # as files of others
+                (copy / name).unlink(missing_ok=True)
+        start, options = time.monotonic(), GIVEN if draw.random() < 0.5 else ImportOptions(site=SITE, model="fake", key="values")
+        with suppress(DifflexError):
+            assert torch.isfinite(rows(imported(copy, out, options))).all()
+        assert time.monotonic() - start < 10
+        shutil.rmtree(copy)
+        shutil.rmtree(out, ignore_errors=True)
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert growth < 300, f"{growth:.0f} MB"

@@ -9,32 +9,34 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from difflex.activation_files.rows import arrow_modules
 from difflex.errors import BadInput, UnknownName
-from difflex.files import file_sha256, folder_lock, replacing, write_file, write_json
+from difflex.files import file_sha256, folder_lock, read_json, replacing, write_file, write_json
 from difflex.progress import ProgressBar
 from difflex.records import Shot
 from difflex.store import Store
+from difflex.tensors import write_plain_tensors
 
 ActivationFormat = Literal["safetensors", "npy", "parquet"]
 """How activations are written for other tools."""
 FORMAT = 1
 INDEX, SHOTS = "index.json", "shots.jsonl"
-CHUNK_ROWS = 2**14
+SHOT_COLUMNS = ("prompt", "seed", "timestep", "image", "noise", "split")
+"""What a table says of the shot of each row."""
+CHUNK_ROWS = 2**11
 """Rows of a row group in Parquet; the least that is read at once."""
 
 
 def export_activations(store: Store, kind: ActivationFormat, folder: Path, progress: bool = True) -> list[Path]:
-    """Write all rows of a store to files in `folder`, which must hold no index, and return the files."""
+    """Write all rows of a store to files in `folder` and return the files; the same export is not made twice."""
     if kind not in get_args(ActivationFormat):
         raise UnknownName.among("The format", str(kind), get_args(ActivationFormat))
     if not store.complete:
         raise BadInput(f"The harvest of {store.folder} is not finished. Run it again to its end first.")
     if (folder / INDEX).exists():
-        raise BadInput(f"{folder} holds exported activations already. Name another folder.")
+        return _existing(store, kind, folder)
     if kind == "parquet":
         arrow_modules()
     rows = store.count() + store.count("held-out")
@@ -48,15 +50,22 @@ def export_activations(store: Store, kind: ActivationFormat, folder: Path, progr
     return [*paths, folder / SHOTS, folder / INDEX]
 
 
+def _existing(store: Store, kind: ActivationFormat, folder: Path) -> list[Path]:
+    """Return the files of an export that is there; raise if it is another one."""
+    index = read_json(folder / INDEX, FORMAT, "Name another folder.")
+    names = [*(index["files"] if isinstance(index.get("files"), dict) else ()), SHOTS, INDEX]
+    if (index.get("kind"), index.get("source")) != (kind, store.fingerprint) or not all((folder / n).is_file() for n in names):
+        raise BadInput(f"{folder} holds other exported activations. Name another folder.")
+    return [folder / name for name in names]
+
+
 def _write_safetensors(store: Store, folder: Path, bar: ProgressBar) -> tuple[list[Path], list[Shot]]:
     paths, shots = [], list[Shot]()
     for number, part in enumerate(store.activations()):
         path = folder / f"activations-{number:05d}.safetensors"
         rows = part.values.flatten(0, 1).contiguous()
         tensors = {"values": rows, **_places(len(part.shots), store.tokens, len(shots))}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"site": str(store.site)})
-        paths.append(path)
+        paths.append(write_plain_tensors(path, tensors, {"site": str(store.site)}))
         shots.extend(part.shots)
         bar.update(len(rows))
     return paths, shots
@@ -95,11 +104,14 @@ def _write_parquet(store: Store, folder: Path, bar: ProgressBar) -> tuple[list[P
         places = _places(len(part.shots), store.tokens, len(shots))
         columns = {"values": arrow.FixedSizeListArray.from_arrays(flat, store.width)}
         columns |= {name: arrow.array(numbers.numpy()) for name, numbers in places.items()}
-        for name in ("prompt", "seed", "timestep", "image", "noise", "split"):
+        for name in SHOT_COLUMNS:
             each = arrow.array([getattr(shot, name) for shot in part.shots])
             columns[name] = each.take(arrow.array((places["shots"] - len(shots)).numpy()))
         with replacing(path) as temporary:
-            parquet.write_table(arrow.table(columns), temporary, row_group_size=CHUNK_ROWS)
+            # Numbers of activations hardly repeat: a dictionary of them, or compression, takes time and memory for nothing.
+            parquet.write_table(
+                arrow.table(columns), temporary, row_group_size=CHUNK_ROWS, use_dictionary=[*SHOT_COLUMNS], compression="none"
+            )
         paths.append(path)
         shots.extend(part.shots)
         bar.update(len(rows))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -122,13 +122,17 @@ def _read_index(path: Path) -> FileIndex:
         if file_sha256(shots) != entries["shots"]:
             raise BrokenFile(f"{shots} does not match its checksum: it is damaged. {ADVICE}")
         lines = [json.loads(line) for line in shots.read_text("utf-8").splitlines()]
-        grid = entries["grid"]
+        grid, tokens = entries["grid"], int(entries["tokens"])
+        rows_columns = None if grid is None else (int(grid[0]), int(grid[1]))
+        impossible = rows_columns is not None and (min(rows_columns) < 1 or rows_columns[0] * rows_columns[1] != tokens)
+        if not files or not lines or tokens < 1 or entries["dtype"] not in get_args(StoredDtype) or impossible:
+            raise BrokenFile(f"{path} lists no files or shots, or names a dtype, tokens or a grid that cannot be. {ADVICE}")
         return FileIndex(
             site=site,
             dtype=entries["dtype"],
             width=int(entries["width"]),
-            tokens=int(entries["tokens"]),
-            grid=None if grid is None else (int(grid[0]), int(grid[1])),
+            tokens=tokens,
+            grid=rows_columns,
             files=files,
             shots=tuple(Shot(**{**line, "pixels": tuple(line["pixels"])}) for line in lines),
         )
