@@ -72,12 +72,14 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 # The peers pin other versions of our dependencies, and some change torch when imported, so they have their own environment.
+# repeng, for one, asks for an old NumPy and transformers but works with current ones.
 # dictionary-learning requires an old nnsight but works with a current one; the torchvision it pulls in is for other builds of torch.
 .venv-peers/ready: Makefile
 	@echo "setup: installing the peers into .venv-peers"
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install --quiet torch==2.13.0 \
-		eai-sparsify dictionary-learning sae-lens overcomplete diffusers scikit-learn
+		eai-sparsify dictionary-learning sae-lens overcomplete diffusers scikit-learn datasets
 	@.venv-peers/bin/python -m pip install --quiet nnsight==0.8.1
+	@.venv-peers/bin/python -m pip install --quiet --no-deps gguf repeng steering-vectors
 	@.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@

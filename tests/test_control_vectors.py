@@ -147,11 +147,13 @@ def test_the_commands_export_and_import(tmp_path: Path, capsys: pytest.CaptureFi
     assert "layer 18, the block of double.18" in capsys.readouterr().out
     assert main(["import-contrast", str(study.folder), "again", file]) == 0
     assert torch.equal(Contrast.load(study.contrast("again")).direction, contrast().direction)
-    assert main(["import-contrast", str(study.folder), "red", file]) == 2
-    assert "has a contrast red already" in capsys.readouterr().err
+    assert main(["import-contrast", str(study.folder), "red", file]) == 0
     assert main(["import-contrast", str(Study.begin(tmp_path / "other", "acme/sdxl").folder), "red", file]) == 2
     assert "The direction is of acme/flux" in capsys.readouterr().err
     (tmp_path / "v.gguf").write_bytes(repeng_file({18: [3.0, 4.0]}))
-    assert main(["import-contrast", str(study.folder), "new", str(tmp_path / "v.gguf"), "--site", "double.18"]) == 0
+    words = [str(tmp_path / "v.gguf"), "--site", "double.18"]
+    assert main(["import-contrast", str(study.folder), "red", *words]) == 2
+    assert "has another contrast red" in capsys.readouterr().err
+    assert main(["import-contrast", str(study.folder), "new", *words]) == 0
     assert "norm 5 at double.18" in (shown := capsys.readouterr().out) and "mean norm of the activations is unknown" in shown
     assert main(["export-contrast", str(study.folder), "red", "--out", str(tmp_path / "red.txt")]) == 2

@@ -20,7 +20,7 @@ from difflex.files import disk_errors, replacing
 from difflex.records import Site
 from difflex.steering.contrast import Contrast
 
-__all__ = ["VectorFile", "contrast_of", "layer_of", "read_vectors", "write_vectors"]
+__all__ = ["VectorFile", "contrast_of", "is_same_contrast", "layer_of", "read_vectors", "write_vectors"]
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 STRING, UINT32, ARRAY = 8, 4, 9
@@ -139,6 +139,13 @@ def contrast_of(vectors: VectorFile, site: Site | None, model: str, revision: st
         norm=float(direction.norm()) if norm is None else norm,
         direction=direction,
     )
+
+
+def is_same_contrast(one: Contrast, other: Contrast) -> bool:
+    """Whether two contrasts are equal, with all that is known of them."""
+    names = [field.name for field in fields(one) if field.name != "direction"]
+    same = all(getattr(one, name) == getattr(other, name) for name in names)
+    return same and torch.equal(one.direction.cpu(), other.direction.cpu())
 
 
 def _gguf(entries: Mapping[str, str | int], layer: int, direction: Float[Tensor, " width"]) -> bytes:

@@ -40,6 +40,13 @@ status    | status ran
 compare   | compare study ran --out compared.html
 report    | report study
 live      | train study --live --site double.0 --also double.1:text --size 16 --k 3 --tokens 512 --batch 64 --window 256
+export    | export study double.1/topk-16-k2 --to saelens --out theirs
+import    | import theirs --site double.1 --out study --label theirs
+rows-out  | export-activations study --site double.1 --to npy --out rows
+rows-in   | import-activations rows --out copy
+vector-out| export-contrast study day --out day.gguf
+vector-in | import-contrast study back day.gguf
+push      | push study acme/day --dictionary double.1/topk-16-k2 --dry-run --out pushed
 generate  | generate model star --steps 1 --out grid.png
 sites     | sites model
 models    | models

@@ -139,19 +139,20 @@ class ImportContrastCommand(Command):
     """The site, whose block number is the layer that is read: double.18."""
 
     def __call__(self) -> list[Path]:
-        from difflex.control_vectors import contrast_of, read_vectors
+        from difflex.control_vectors import contrast_of, is_same_contrast, read_vectors
+        from difflex.steering.contrast import Contrast
         from difflex.store import Store
 
         study = Study.open(self.study)
         path = study.contrast(check_contrast_name(self.name))
-        if path.exists():
-            raise BadInput(f"{study.folder} has a contrast {self.name} already. Give another name.")
         site = None if self.site is None else Site.parse(self.site)
         norm = Store.open(study.stores()[site]).statistics.mean_norm if site in study.stores() else None
         contrast = contrast_of(read_vectors(self.file), site, study.model, study.revision, norm)
         if not is_same_model(contrast.model, study.model) or contrast.revision != study.revision:
             made, own = model_name(contrast.model, contrast.revision), model_name(study.model, study.revision)
             raise BadInput(f"The direction is of {made}, and {study.folder} studies {own}. Name a study of {made}.")
+        if path.exists() and not is_same_contrast(Contrast.load(path), contrast):
+            raise BadInput(f"{study.folder} has another contrast {self.name}. Give another name.")
         contrast.save(path)
         length = float(contrast.direction.norm())
         print(f"{path}: a direction of width {len(contrast.direction)} and norm {length:.3g} at {contrast.site}")
