@@ -397,8 +397,8 @@ def test_more_items_are_added_to_finished_ones_and_damaged_ones_are_made_again(d
 def test_the_cost_of_the_benchmark_is_predicted(drawn: Study):
     forecast = Forecast(Machine.with_cpu(1e11, 1 << 40), dictionaries={(drawn.folder, SITE): (DictionaryForecast(24, 4, 192),)})
     one, two = (estimate(forecast, EditBenchCommand(study=drawn.folder, count=count)) for count in (1, 2))
-    # Two numbers of features of a dictionary, alone and together, activations and contrasts, at two strengths.
-    assert one.bytes == 9 * (4 + 4) * 2 * 6000 and one.seconds and two.seconds and two.seconds > 1.5 * one.seconds
+    # Two numbers of features of a dictionary, alone and together, activations and contrasts, at three strengths.
+    assert one.bytes == 9 * (4 + 4) * 3 * 6000 and one.seconds and two.seconds and two.seconds > 1.5 * one.seconds
     assert "not known" in estimate(Forecast(Machine.with_cpu(1e11, 1 << 40)), EditBenchCommand(study=drawn.folder)).unknown
 
 

@@ -1,7 +1,7 @@
 """`difflex steer-eval`, `removal` and `findings`: the effects of edits, measured on judged images."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import Unit
-from difflex.commands.flags import SHARE, Numbers, StepRange, Strengths, StudyImagesCommand, VLMCommand, number, numbers
+from difflex.commands.flags import SHARE, WHOLE, Numbers, StepRange, Strengths, StudyImagesCommand, number, numbers
 from difflex.commands.inputs import first_and_end, load_study_model, open_study
+from difflex.commands.judges import ConceptsJudge, check_judged
 from difflex.errors import BadInput, UnknownName
 from difflex.images import check_output
 from difflex.records import Site
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from difflex.effects import ModelFunctions
     from difflex.effects.concept_specs import JudgedWorld
     from difflex.effects.edit_bench import ImageScorer
+    from difflex.effects.removal_world import RemovalWorld
     from difflex.pipeline import Pipeline
 
 __all__ = ["EditBenchCommand", "FindingsCommand", "RemovalCommand", "SteerEvalCommand"]
@@ -35,7 +37,7 @@ ExperimentName = Literal["pairs", "distribution", "adversarial", "quality", "siz
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class SteerEvalCommand(StudyImagesCommand, VLMCommand):
+class SteerEvalCommand(ConceptsJudge):
     """Steer towards concepts with the features that detect them, and judge what appears, what else changes and what breaks.
 
     The baselines are the contrast of pairs of captions, a random direction of the same norm, the neuron that detects the concept
@@ -60,12 +62,12 @@ class SteerEvalCommand(StudyImagesCommand, VLMCommand):
     """What a strength of 1 is: the feature's largest code, its mean code, the mean norm of an activation, or a code of 1."""
     edit_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps to edit; END is not included."""
-    concepts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the drawn world)")] = None
-    """A TOML file of concepts in words, for models of any world; needs --clip or --vlm."""
-    clip: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
-    """With --concepts, the judge: folder or hub name of a CLIP of transformers."""
-    vlm: Annotated[str | None, arg(metavar="VLM", help_behavior_hint="(default: none)")] = None
-    """With --concepts, the judge: a VLM, as for difflex explain."""
+    automatic: FlagCreatePairsOff[bool] = False
+    """Also steer with the features of all sites, with sites, operation, steps and dose chosen on prompts that are not judged."""
+    effect_updates: Annotated[int, WHOLE] = 0
+    """Also optimise the strengths of each site and step through the model, in so many updates on prompts that are not judged."""
+    tuning: Annotated[int, TRIALS] = 8
+    """Prompts of each concept for these two."""
 
     def __call__(self) -> list[Path]:
         from difflex import effects
@@ -78,6 +80,9 @@ class SteerEvalCommand(StudyImagesCommand, VLMCommand):
             strengths=self.strength,
             unit=self.unit,
             edit_steps=first_and_end(self.edit_steps),
+            automatic=self.automatic,
+            effect_updates=self.effect_updates,
+            tuning=self.tuning,
         )
         study, paths = open_study(self.study, self), []
         if not study.dictionaries():
@@ -95,39 +100,20 @@ class SteerEvalCommand(StudyImagesCommand, VLMCommand):
 
     @contextmanager
     def _world(self, study: Study) -> Iterator["JudgedWorld"]:
-        from difflex.effects.concept_specs import DRAWN_WORLD, clip_world, read_concepts, vlm_world
+        from difflex.effects.concept_specs import DRAWN_WORLD, clip_world, vlm_world
 
-        if self.concepts is None:
-            if self.clip or self.vlm:
-                raise BadInput("The drawn world has its own judge. --clip and --vlm judge the concepts of --concepts FILE.")
-            _check_judged(study)
-            yield DRAWN_WORLD
-            return
-        concepts = read_concepts(self.concepts)
-        if self.clip is not None and self.vlm is None:
-            from difflex.evaluation import ClipModel
-
-            load = partial(ClipModel, self.clip, offline=self.offline)
-            yield clip_world(concepts, self.clip, load, partial(ClipModel.checksum, self.clip, offline=self.offline))
-        elif self.vlm is not None and self.clip is None:
-            from difflex.explanation import open_client
-
-            self.check_endpoint(self.vlm)
-            with (
-                closing(self.backend(self.vlm)) as backend,
-                open_client(backend, study.explanations, self.request_policy()) as client,
-            ):
-                yield vlm_world(concepts, self.model or self.vlm, client, self.connections)
-                spent = client.spending
-                tokens = f"{spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out"
-                print(f"{spent.calls:,} calls, {tokens}, cost {spent.cost:.4g}")
-        else:
-            raise BadInput("Concepts in words need a judge of the images: name one of --clip and --vlm.")
+        with self.judge(study) as (concepts, clip, client):
+            if clip is not None:
+                yield clip_world(concepts, clip.name, clip.load, clip.checksum)
+            elif client is not None:
+                yield vlm_world(concepts, self.model or self.vlm or "", client, self.connections)
+            else:
+                yield DRAWN_WORLD
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class RemovalCommand(StudyImagesCommand):
+class RemovalCommand(ConceptsJudge):
     """Remove concepts by their features, and judge on unseen prompts what is gone and what else is lost.
 
     Features are chosen step by step by the score of SAeUron on one set of prompts, their number and strength on another one (if
@@ -135,7 +121,7 @@ class RemovalCommand(StudyImagesCommand):
     """
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
-    """A study of a model of the drawn world."""
+    """A study of a model of the drawn world, or of any other with --concepts."""
     dictionary: Annotated[
         tuple[str, ...], arg(metavar="SITE/LABEL...", help_behavior_hint="(default: each label at all its sites)")
     ] = ()
@@ -159,7 +145,7 @@ class RemovalCommand(StudyImagesCommand):
         from difflex.effects import removal
 
         config = removal.RemovalConfig(
-            groups=self.groups,
+            groups=() if self.concepts else self.groups,
             images=self.images,
             selection_images=self.selection_images,
             tuning_images=self.tuning_images,
@@ -168,12 +154,26 @@ class RemovalCommand(StudyImagesCommand):
             edit_steps=first_and_end(self.edit_steps),
         )
         study = open_study(self.study, self)
-        _check_judged(study)
         model = cache(lambda: model_functions(load_study_model(study, self)))
-        outcomes = removal.remove_concepts(study, self.dictionary, config, model, partial(print, flush=True))
+        with self._world(study) as world:
+            outcomes = removal.remove_concepts(study, self.dictionary, config, model, partial(print, flush=True), world)
         for _, results, is_reused in outcomes:
             print(f"{', '.join(results.dictionaries)}{': as before' if is_reused else ''}\n{removal.removal_table(results)}")
         return [outcome.path for outcome in outcomes]
+
+    @contextmanager
+    def _world(self, study: Study) -> Iterator["RemovalWorld"]:
+        from difflex.effects.removal_world import DRAWN_REMOVAL, clip_removal, vlm_removal
+        from difflex.explanation import ask_presence
+
+        with self.judge(study) as (concepts, clip, client):
+            if clip is not None:
+                yield clip_removal(concepts, clip.name, clip.load, clip.checksum)
+            elif client is not None:
+                ask = partial(ask_presence, client, connections=self.connections)
+                yield vlm_removal(concepts, self.model or self.vlm or "", ask)
+            else:
+                yield DRAWN_REMOVAL
 
 
 @final
@@ -214,7 +214,7 @@ class FindingsCommand(StudyImagesCommand):
             strengths=tuple(sorted(set(self.strength))),
         )
         study = open_study(self.study, self)
-        _check_judged(study)
+        check_judged(study)
         check_output(study.findings(Site("site")))
         pipe = load_study_model(study, self)
         site = None if self.site is None else pipe.site(self.site)
@@ -252,7 +252,7 @@ class EditBenchCommand(StudyImagesCommand):
     """Numbers of features that are added, and removed."""
     neurons: Numbers = (64, 256)
     """The same for neurons."""
-    strength: Strengths = (1.0, 2.0)
+    strength: Strengths = (0.5, 1.0, 2.0)
     """What is added and removed is multiplied by these."""
     pairs: Annotated[int, TRIALS] = 4
     """Pairs of images for the direction of each contrast."""
@@ -285,7 +285,7 @@ class EditBenchCommand(StudyImagesCommand):
         if self.masks is not None and (self.items is None or not self.masks.is_dir()):
             raise BadInput(f"--masks {self.masks} is a folder of masks for the items of a file. Give both --items and --masks.")
         if self.items is None:
-            _check_judged(study)
+            check_judged(study)
             world = edit_bench.drawn_world(config.types, config.count)
         else:
             world = edit_bench.masked_world(self.items, self.masks)
@@ -311,21 +311,10 @@ class EditBenchCommand(StudyImagesCommand):
         return ImageScorer(clip, load_measure(LPIPS, offline=self.offline) if self.lpips else None)
 
 
-def _check_judged(study: Study) -> None:
-    """Raise an error if the judge of the drawn world does not read images of the size at which the model of a study runs."""
-    from difflex.miniature.world import PIXELS
-
-    height, width = study.settings.pixels or (PIXELS, PIXELS)
-    if (height, width) != (PIXELS, PIXELS):
-        raise BadInput(
-            f"The judge of the drawn world reads images of {PIXELS}x{PIXELS} pixels, and here they are of {height}x{width}. Give "
-            f"--pixels {PIXELS}."
-        )
-
-
 def model_functions(pipe: "Pipeline") -> "ModelFunctions":
     """Return a pipeline as the functions that judging edits needs."""
     from difflex.effects import ModelFunctions
+    from difflex.effects.inputs import weights_checksum
 
     def finish(shots, sites, hooks: Sequence):
         with ExitStack() as stack:
@@ -341,5 +330,7 @@ def model_functions(pipe: "Pipeline") -> "ModelFunctions":
         ],
         finish=finish,
         losses=pipe.losses,
+        differentiable=pipe.differentiable_images,
         parameters=sum(weights.numel() for weights in pipe.engine.denoiser.parameters()),
+        weights=lambda: weights_checksum(pipe.engine.denoiser.named_parameters()),
     )

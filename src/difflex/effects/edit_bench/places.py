@@ -23,11 +23,10 @@ class TransferPlace(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The dictionaries or the sites, joined by commas; dictionaries of one label have it at the end."""
-        labels = {ref.label for ref in self.dictionaries}
-        if len(labels) > 1:
-            return ",".join(map(str, self.dictionaries))
-        return "/".join([",".join(map(str, self.sites)), *labels])
+        """The sites joined by commas, and after a slash the label of the dictionaries, or the label of each."""
+        labels = [ref.label for ref in self.dictionaries]
+        labels = labels[:1] if len(set(labels)) == 1 else labels
+        return "/".join(",".join(part) for part in (map(str, self.sites), labels) if part)
 
     def counts(self, config: EditBenchConfig) -> tuple[int | None, ...]:
         """Return how many parts are transferred, in turn."""

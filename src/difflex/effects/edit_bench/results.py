@@ -46,7 +46,7 @@ class EditBenchConfig:
     """Features that are added, and that are removed."""
     neurons: tuple[int, ...] = (64, 256)
     """The same for neurons."""
-    strengths: tuple[float, ...] = (1.0, 2.0)
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
     """What is added and removed is multiplied by these."""
     pairs: int = 4
     """Pairs of images, with other seeds, that the direction of a contrast is found on."""
