@@ -69,7 +69,7 @@ def test_the_statistics_of_codes_and_excluded_features_stay_with_the_dictionary(
     write_dictionary(our_sae(), "sdxl-unbox", files)
     mean = rand(SIZE).abs()
     torch.save(mean, files / "mean.pt")
-    words = ["import", str(files), "--site", "double.1", "--model", "mini-flux", "--out", str(out), "--exclude"]
+    words = ["import", str(files), "--site", "double.1", "--model", "acme/flux", "--out", str(out), "--exclude"]
     assert main([*words, f"0,{SIZE}"]) == 2 and f"has no feature {SIZE} to exclude" in capsys.readouterr().err
     assert main([*words, "7,0"]) == 0
     [ref] = Study.open(out).dictionaries()
@@ -241,7 +241,7 @@ def test_pickles_claims_and_numbers_that_are_none_are_refused(tmp_path: Path, ca
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study with one imported dictionary."""
     folder = tmp_path_factory.mktemp("study")
-    words = ["import", str(FROZEN / "saelens-topk"), "--site", "double.1", "--model", "mini-flux", "--out", str(folder / "study")]
+    words = ["import", str(FROZEN / "saelens-topk"), "--site", "double.1", "--model", "acme/flux", "--out", str(folder / "study")]
     assert main(words) == 0
     return folder / "study"
 
@@ -255,6 +255,13 @@ def test_an_imported_dictionary_keeps_and_shows_its_origin(study: Path, capsys: 
     assert (imported["format"], imported["class"], imported["version"]) == ("saelens", "topk", "6.54.12")
     assert main(["status", str(study)]) == 0
     assert f"double.1/topk-{SIZE}-k{K}-saelens, imported from SAELens: " in capsys.readouterr().out
+
+
+def test_the_site_is_compared_with_a_model_that_is_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["import", str(FROZEN / "saelens-topk"), "--model", "mini-flux", "--out", str(tmp_path / "new"), "--site"]
+    for site, reason in (("double.99", "nearest: "), ("double.1", "wide, not 8"), ("double.1:neurons", "wide, not 8")):
+        assert main([*words, site]) == 2 and reason in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_importing_again_is_up_to_date_and_another_needs_a_label(study: Path, capsys: pytest.CaptureFixture[str]):
@@ -288,7 +295,7 @@ def test_a_repository_of_the_hub_is_imported(tmp_path: Path, monkeypatch: pytest
         return FROZEN
 
     monkeypatch.setattr("difflex.hub.snapshot", snapshot)
-    words = ["import", "somebody/saes/saelens-topk", "--site", "double.1", "--model", "mini-flux", "--out", str(tmp_path)]
+    words = ["import", "somebody/saes/saelens-topk", "--site", "double.1", "--model", "acme/flux", "--out", str(tmp_path)]
     assert main([*words, "--revision", "v1", "--offline"]) == 0
     assert asked == [("somebody/saes", "v1", True, ["saelens-topk/*"])]
     [ref] = Study.open(tmp_path).dictionaries()
@@ -298,10 +305,10 @@ def test_a_repository_of_the_hub_is_imported(tmp_path: Path, monkeypatch: pytest
 
 def test_an_import_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["import", str(FROZEN / "saelens-jumprelu"), "--site", "double.1", "--out", str(tmp_path / "new")]
-    for more, reason in ([], "Name the model"), (["--model", "mini-flux"], "name the average with --k"):
+    for more, reason in ([], "Name the model"), (["--model", "acme/flux"], "name the average with --k"):
         assert main([*words, *more]) == 2
         assert reason in capsys.readouterr().err and not (tmp_path / "new").exists()
-    assert main(["import", str(FROZEN), "--site", "double.1", "--model", "mini-flux", "--out", str(tmp_path / "new")]) == 2
+    assert main(["import", str(FROZEN), "--site", "double.1", "--model", "acme/flux", "--out", str(tmp_path / "new")]) == 2
     assert "It has the folders" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from difflex.choices import StoredDtype
 from difflex.commands.flags import COUNT
+from difflex.commands.inputs import check_site
 from difflex.errors import UnknownName
 from difflex.records import Site
 from difflex.study import Command, Study
@@ -73,6 +74,9 @@ class ImportActivationsCommand(Command):
             tokens=self.tokens_per_image,
             dtype=self.dtype,
         )
+
+        if options.site is not None and self.model is not None:
+            check_site(self.model, self.revision, options.site)
 
         def begin(model: str, revision: str | None) -> None:
             Study.begin(self.out, model, revision)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difflex.commands.flags import StudyImagesCommand, StudyModelCommand, memory_to_work
-from difflex.errors import BadInput, BrokenFile, DiskError, StaleWork
+from difflex.errors import BadInput, BrokenFile, DifflexError, DiskError, StaleWork, UnknownName
 from difflex.explore.inputs import harvested_settings, load_model, model_arguments, open_book
 from difflex.explore.search import rarity, resolve_features
+from difflex.records import Site
 from difflex.study import DictionaryRef, Study
 
 if TYPE_CHECKING:
@@ -42,6 +43,29 @@ def open_study(folder: Path, command: StudyModelCommand, reserve: int = 0) -> St
         new, old = (f"{height}x{width}" for height, width in (settings.pixels or harvest.pixels, harvest.pixels))
         print(f"Images are of {new} pixels; the study was harvested at {old}.")
     return replace(study, settings=settings)
+
+
+def check_site(model: str, revision: str | None, site: Site, width: int | None = None) -> None:
+    """Refuse a site that a model on this machine does not have, or activations of another `width`, by its configs alone.
+
+    Of a model that is not here, or of a family without known configs, this is not known, and the site is taken as it is.
+    """
+    from difflex.pipeline.profile import config_site_rows
+
+    try:
+        rows = config_site_rows(model, revision, offline=True)
+    except DifflexError:
+        rows = []
+    if not rows:
+        print(f"Note: {model} cannot be looked at on this machine, so {site} was not compared with its sites.")
+        return
+    fitting = [row for row in rows if (row.site.path, row.site.stream) == (site.path, site.stream) and site.kind in row.kinds]
+    if not fitting:
+        names = [str(row.site) for row in rows]
+        raise UnknownName.among(f"In {model} the site", str(site), names, "difflex sites lists them with their kinds.")
+    expected = fitting[0].neurons if site.kind == "neurons" else fitting[0].width
+    if width not in (None, expected):
+        raise BadInput(f"The activations of {site} of {model} are {expected} wide, not {width}. Name another site or model.")
 
 
 def study_pixels(study: Study) -> tuple[int, int]:

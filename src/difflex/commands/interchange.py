@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.commands.flags import LARGEST, SIZE, located, numbers
+from difflex.commands.inputs import check_site
 from difflex.dictionary_config import read_config
 from difflex.errors import BadInput
 from difflex.records import Site
@@ -76,6 +77,8 @@ class ImportCommand(Command):
         statistics = read_code_statistics(path, dictionary.size, self.format)
         if width not in (None, dictionary.width):
             raise BadInput(f"{path} is of width {dictionary.width}; the activations of {site} in {study.folder} have {width}.")
+        if width is None:
+            check_site(study.model, study.revision, site, dictionary.width)
         folder, imported = study.dictionary(site, dictionary.label), dictionary.origin.training["imported"]
         if (folder / "config.json").is_file():
             before = read_config(folder).training.get("imported")
