@@ -150,7 +150,7 @@ def measure_block_roles(
         return _measure(
             BlockRoleResults(model=model, revision=revision, config=config, unrelated={}, judged_unrelated={}), sites, generate
         )
-    with folder_lock(path.parent):
+    with folder_lock(path.with_suffix("")):  # a recipe holds the folder of its study
         old = BlockRoleResults.load(path) if path.is_file() else None
         is_same = old is not None and (old.model, old.revision, old.config) == (model, revision, config)
         begun = old if old is not None and is_same else None

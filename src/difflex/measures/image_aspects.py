@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, final
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.evaluation.image_similarity import LPIPS, check_measure, load_measure, ssim
+from difflex.evaluation.image_similarity import CLIP, ClipModel, ImageMeasure, check_measure, load_measure, ssim
 from difflex.records import Rectangle
 
 Images = Float[Tensor, "image channel row column"]
@@ -33,18 +33,29 @@ class SimilarityMatrix:
     def __init__(self, name: str, *, offline: bool = False) -> None:
         """Take `ssim`, `lpips` or `clip:MODEL`; its model is loaded at the first use."""
         check_similarity(name)
-        self._load = partial(load_measure, name, offline=offline)
-        self._name, self._measure = name, None if name != SSIM else ssim
+        self._name, self._offline = name, offline
 
     def __call__(self, images: Images, others: Images) -> Float[Tensor, "image other"]:
         """Return the similarities; `others` are scaled to the size of `images`."""
-        measure = self._measure = self._measure or self._load()
         if others.shape[2:] != images.shape[2:]:
             size = list(images.shape[2:])
             others = F.interpolate(others, size=size, mode="bilinear", antialias=True, align_corners=False)
-        pairs = measure(images.repeat_interleave(len(others), 0), others.repeat(len(images), 1, 1, 1))
-        matrix = pairs.double().cpu().view(len(images), len(others))
-        return 1 - matrix if self._name == LPIPS else matrix
+        return self._compare(images, others).double().cpu()
+
+    @cached_property
+    def _compare(self) -> Callable[[Images, Images], Float[Tensor, "image other"]]:
+        if self._name.startswith(CLIP):
+            clip = ClipModel(self._name.removeprefix(CLIP), offline=self._offline)
+            return lambda images, others: clip.embed_images(images) @ clip.embed_images(others).T
+        if self._name == SSIM:
+            return partial(_by_pairs, ssim)
+        distance = load_measure(self._name, offline=self._offline)
+        return lambda images, others: 1 - _by_pairs(distance, images, others)
+
+
+def _by_pairs(measure: ImageMeasure, images: Images, others: Images) -> Float[Tensor, "image other"]:
+    values = measure(images.repeat_interleave(len(others), 0), others.repeat(len(images), 1, 1, 1))
+    return values.view(len(images), len(others))
 
 
 def check_similarity(name: str) -> None:
