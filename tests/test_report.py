@@ -867,7 +867,7 @@ def test_steering_results_that_are_not_finite_are_named_and_left_out(tmp_path: P
 def test_the_editing_benchmark_is_drawn_by_type_and_against_change_elsewhere(tmp_path: Path):
     study = full_study(tmp_path)
     page = page_of(study)
-    best = next(tip for tip in tips(page, "edits") if tip.startswith("colour: features"))
+    best = next(tip for tip in tips(page, "edits") if tip.startswith("colour: ITDA, double.1"))
     assert "score 0.50 (0.50 to 0.50)" in best  # strength 1 succeeds in half and keeps all, strength 2 keeps a quarter
     rows = rows_of(study, "edit_curves")
     assert [(row["method"], row["change elsewhere"], row["success"]) for row in rows] == [

@@ -1,5 +1,6 @@
 """The editing benchmark: which representation at which site makes which edit, and what else it changes."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from markupsafe import Markup
@@ -10,7 +11,7 @@ from difflex.report.drawing.charts import PlotCurve, PlotPoint, Series, plot
 from difflex.report.drawing.heat import HeatCell, heat_map, ramp
 from difflex.report.facts import StudyFacts
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, html_table
-from difflex.report.style import count, number, numbered_style, percent
+from difflex.report.style import count, kind_of, kind_series, number, numbered_style, percent
 
 JUDGED, BY_CLIP, BY_PIXELS = ("success", "kept"), ("clip gain", "outside"), ("toward", "outside")
 """The measures of success and of change elsewhere: by a judge, by CLIP, and by pixels alone."""
@@ -41,9 +42,19 @@ def editing(facts: StudyFacts) -> ReportSection:
     )
 
 
-def _arm_name(arm: EditArm) -> str:
-    """Return how a figure calls the method and the place of an arm."""
-    return REFERENCES.get(arm.method) or f"{arm.method}, {arm.place}"
+def _names(results: EditBenchResults) -> dict[tuple[str, str], str]:
+    """Return how figures call each method at its place: by the kind of dictionary and the sites, or by its labels too."""
+    places = dict.fromkeys((cell.arm.method, cell.arm.place) for cell in results.cells)
+    short = {place: _short_name(*place) for place in places}
+    repeated = {name for name, times in Counter(short.values()).items() if times > 1}
+    return {place: f"{place[0]}, {place[1]}" if name in repeated else name for place, name in short.items()}
+
+
+def _short_name(method: str, place: str) -> str:
+    sites, _, labels = place.partition("/")
+    kinds = dict.fromkeys(kind_series(kind_of(label)).name for label in labels.split(",")) if labels else (method,)
+    number_of_sites = len(sites.split(","))
+    return REFERENCES.get(method) or f"{' and '.join(kinds)}, {sites if number_of_sites == 1 else f'{number_of_sites} sites'}"
 
 
 def _measures(results: EditBenchResults) -> tuple[str, str]:
@@ -72,13 +83,15 @@ def _table(results: EditBenchResults) -> Markup:
 
 def _heat_figure(results: EditBenchResults) -> ReportFigure:
     """Return the heat map of the score of each method and place by edit type."""
-    arms, types = results.best_arms(), results.types
+    arms, types, names = results.best_arms(), results.types, _names(results)
     values = [[results.value(kind, arm, "score") for kind in types] for arm in arms]
     known = [value for row in values for value in row if value is not None]
     low, high = min(0.0, *known), max(1.0 if results.is_judged else 1e-9, *known)
     cells = [
         [
-            None if value is None else HeatCell((value - low) / (high - low), f"{value:.2f}", _tip(results, kind, arm))
+            None
+            if value is None
+            else HeatCell((value - low) / (high - low), f"{value:.2f}", _tip(results, kind, arm, names[arm[:2]]))
             for kind, value in zip(types, row, strict=True)
         ]
         for arm, row in zip(arms, values, strict=True)
@@ -87,7 +100,7 @@ def _heat_figure(results: EditBenchResults) -> ReportFigure:
     drawing = heat_map(
         f"score by edit type: {results.world}",
         f"A row for each of {count(len(arms), 'method')} at its place, a column for each of {count(len(types), 'edit type')}.",
-        [_arm_name(arm) for arm in arms],
+        [names[arm[:2]] for arm in arms],
         types,
         cells,
         "edit type",
@@ -110,27 +123,25 @@ def _heat_figure(results: EditBenchResults) -> ReportFigure:
     )
 
 
-def _tip(results: EditBenchResults, kind: str, arm: EditArm) -> str:
+def _tip(results: EditBenchResults, kind: str, arm: EditArm, title: str) -> str:
     cell = results.cell(kind, arm)
     lines = [f"{name} {own.value:.2f} ({own.low:.2f} to {own.high:.2f})" for name, own in (cell.measures if cell else {}).items()]
-    return "\n".join([f"{kind}: {_arm_name(arm)}", *lines])
+    return "\n".join([f"{kind}: {title}", *([arm.place] if arm.place else []), *lines])
 
 
 def _curve_figure(results: EditBenchResults) -> ReportFigure:
     """Return success against change elsewhere over the settings of each method and place."""
     success, other = _measures(results)
-    places = list(dict.fromkeys((cell.arm.method, cell.arm.place) for cell in results.cells))
     drawn, rows = list[PlotCurve](), list[tuple[str | float | None, ...]]()
-    for number_of_place, place in enumerate(places):
-        name = _arm_name(EditArm(*place))
+    for number_of_place, (place, name) in enumerate(_names(results).items()):
         series = Series(name, name, numbered_style(number_of_place), line=bool(place[1]))
-        points = _points(results, results.arms(*place), success, other)
+        points = _points(results, results.arms(*place), success, other, name)
         drawn.append(PlotCurve(series, points, line=len(points) > 1))
         rows += [(results.world, *place, point.x, point.y, point.low, point.high) for point in points]
     change = "all else that is lost" if other == "kept" else "change outside the masks"
     x = Axis(label=change, percent=other == "kept", low=0.0)
     y = Axis(label=success, percent=success != "clip gain", low=None if success == "clip gain" else 0.0)
-    about = f"A line for each of {count(len(places), 'method')} at its place, over its settings."
+    about = f"A line for each of {count(len(drawn), 'method')} at its place, over its settings."
     return ReportFigure(
         name=_name("edit_curves", results),
         title="Success against change elsewhere",
@@ -143,7 +154,7 @@ def _curve_figure(results: EditBenchResults) -> ReportFigure:
     )
 
 
-def _points(results: EditBenchResults, arms: Sequence[EditArm], success: str, other: str) -> list[PlotPoint]:
+def _points(results: EditBenchResults, arms: Sequence[EditArm], success: str, other: str, name: str) -> list[PlotPoint]:
     points = []
     for arm in arms:
         cell = results.cell(ALL, arm)
@@ -152,7 +163,7 @@ def _points(results: EditBenchResults, arms: Sequence[EditArm], success: str, ot
         own, rest = cell.measures[success], cell.measures[other].value
         change = 1 - rest if other == "kept" else rest
         features = f"{arm.features} features, " if arm.features else ""
-        tip = f"{_arm_name(arm)}\n{features}strength {arm.strength:g}\n{success} {own}\n{other} {rest:.3f}"
+        tip = f"{name}\n{arm.place}\n{features}strength {arm.strength:g}\n{success} {own}\n{other} {rest:.3f}"
         points.append(PlotPoint(change, own.value, tip, low=own.low, high=own.high))
     return sorted(points, key=lambda point: point.x or 0.0)
 
