@@ -25,7 +25,7 @@ from difflex.commands.evaluation import ConceptsCommand
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.training import TrainCommand
 from difflex.effects.drawn_world import caption_task, drawn_generator
-from difflex.effects.judging import JudgedGenerator, SteeringMethod, batch_hook
+from difflex.effects.judging import JudgedGenerator, SteeringMethod, batch_hooks
 from difflex.features.detected import DetectedConcepts
 from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import load
@@ -62,14 +62,14 @@ def judge(
 ) -> Outcome:
     """Add a feature to images, each at its default strength, and judge them."""
     task = caption_task(concept, trials)
-    unedited = generator.images(task.trials, None)
+    unedited = generator.images(task.trials, ())
     losses, before = generator.losses(unedited), generator.verdicts(task, task.trials, unedited)
     edit = Edit(operation="add", site=place.site, dictionary=place.label, features=(feature,))
     method = SteeringMethod.adding(edit, editor.features(edit), ())
 
     def images(strengths: Sequence[float]) -> torch.Tensor:
         pairs = [method.apply(trial, strength) for trial, strength in zip(task.trials, strengths, strict=True)]
-        return generator.images(task.trials, batch_hook(task.trials, [hook for _, hook in pairs]))
+        return generator.images(task.trials, batch_hooks(task.trials, [hook for _, hook in pairs]))
 
     chosen = intact_strengths(lambda strengths: generator.losses(images(strengths)) if any(strengths) else losses, trials)
     strengths = [best.strength for best in chosen]

@@ -174,6 +174,7 @@ INNER_DOORS = {
     "effects.findings",
     "effects.inputs",
     "effects.removal",
+    "effects.removal_world",
     "evaluation.anatomy",
     "evaluation.concepts",
     "evaluation.concepts.results",

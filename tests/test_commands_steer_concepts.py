@@ -1,11 +1,21 @@
 """`difflex steer-eval --concepts`: edits of any model, judged by a CLIP and, over HTTP, by a VLM."""
 
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from difflex.cli import main
-from difflex.effects import SteeringResults
+from difflex.effects import SteeringResults, StrengthCurve
+from difflex.effects.judging import SteeringTask, judge_methods
+from difflex.effects.removal import RemovalResults
+from difflex.effects.steering_evaluation import SteeredConcept
+from difflex.steering import EditRecord
+from difflex.study import Study
 from difflex.testing import RuleServer, tiny_clip, tiny_folder
 
 CONCEPTS = """
@@ -71,6 +81,61 @@ def test_a_strip_that_has_changed_or_a_clip_with_other_weights_is_judged_again(r
     assert "as before" not in capsys.readouterr().out
 
 
+def test_edits_are_planned_and_optimised_on_prompts_of_their_own_and_replayed(root: Path, tmp_path: Path):
+    flags = ["--clip", str(tiny_clip(root / "clip")), "--offline", "--automatic", "--effect-updates", "2", "--tuning", "2"]
+    assert main(words(root, *flags)) == 0
+    results = judged(root)
+    assert [curve.method for curve in results.curves][4:] == ["automatic", "effect-aware"]
+    automatic, aware = results.of("automatic")[0], results.of("effect-aware")[0]
+    assert len(automatic.points) == len(aware.points) == 1 and "strengths of 1 sites" in aware.description
+    folder = root / "study" / "steering" / "judged" / "double.1" / "topk-32-k12"
+    record = EditRecord.load(folder / "red-automatic.json")
+    assert record.shot.prompt == "blue star" and record.edits[0].strength == automatic.points[0].strength
+    assert {edit.operation for edit in EditRecord.load(folder / "red-effect-aware.json").edits} == {"add"}
+    for method in ("automatic", "effect-aware"):
+        command = ["steer", str(root / "study"), "--replay", str(folder / f"red-{method}.json")]
+        assert main([*command, "--out", str(tmp_path / "out.png")]) == 0
+
+
+def run_and_die(command: list[str]) -> None:
+    """Run a command in a process that is killed as soon as one concept is finished."""
+    save = SteeredConcept.save
+
+    def dying(part: SteeredConcept, path: Path) -> Path:
+        save(part, path)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return path
+
+    SteeredConcept.save = dying
+    main(command)
+
+
+def test_concepts_that_were_finished_before_a_kill_are_not_judged_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    two = tmp_path / "two.toml"
+    two.write_text(CONCEPTS + CONCEPTS.replace('"red"', '"blue"').replace('"blue", "green"', '"red", "green"'))
+    flags = ["--dictionary", "double.1", "--concepts", str(two), *FLAGS, "--clip", str(tiny_clip(root / "clip")), "--offline"]
+    command = ["steer-eval", str(root / "study"), *flags]
+    assert main(command) == 0
+    whole, path = judged(root), root / "study" / "steering" / "judged" / "double.1" / "topk-32-k12.json"
+    path.unlink()
+    process = multiprocessing.get_context("fork").Process(target=run_and_die, args=(command,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not path.exists()
+    [part] = (path.with_suffix(".unfinished")).rglob("*.json")
+    tasks = list[str]()
+
+    def counted(task: SteeringTask, *rest: Any) -> Iterator[StrengthCurve]:
+        tasks.append(task.concept)
+        return judge_methods(task, *rest)
+
+    monkeypatch.setattr("difflex.effects.steering_evaluation.judge_methods", counted)
+    assert main(command) == 0
+    assert tasks == ["blue"] and judged(root) == whole and not part.exists()
+
+
 def test_text_tokens_are_steered_without_a_region(root: Path, capsys: pytest.CaptureFixture[str]):
     assert main(words(root, "--clip", str(tiny_clip(root / "clip")), "--offline", stream=":text")) == 0
     assert "red by feature 5, 1 of 1" in capsys.readouterr().out
@@ -96,6 +161,38 @@ def test_a_vlm_is_asked_once_for_each_image_in_spite_of_bad_answers(root: Path, 
     assert all(curve.without == 1 and point.success == 1 for curve in before.curves for point in curve.points)
 
 
+REMOVAL = ["--images", "2", "--selection-images", "1", "--tuning-images", "1", "--features", "1", "--strength", "0"]
+
+
+def test_a_concept_of_any_world_is_removed_by_its_feature_as_a_clip_judges(root: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["removal", str(root / "study"), "--dictionary", "double.1", "--concepts", str(root / "concepts.toml"), *REMOVAL]
+    clip = ["--clip", str(tiny_clip(root / "clip")), "--offline"]
+    assert main([*command, *clip]) == 0 and main([*command, *clip]) == 0
+    output = capsys.readouterr().out
+    assert "of 1 concepts reach 90/90" in output and "as before" in output
+    [path] = Study.open(root / "study").removals()
+    results = RemovalResults.load(path)
+    [removed] = results.concepts
+    assert (removed.concept, removed.group, removed.images) == ("red", "colour", 2)
+    assert results.provenance.judge == clip[1] and set(results.provenance.files) == {"concepts", "judge"}
+    assert (path.with_suffix("") / "red.webp").is_file()
+    assert main([*command]) == 2 and "name one of --clip and --vlm" in capsys.readouterr().err
+    both = ["removal", str(root / "study"), "--dictionary", "double.1,double.1:text", *command[4:]]
+    assert main([*both, *clip]) == 2 and "features, which are of one dictionary" in capsys.readouterr().err
+
+
+def test_a_vlm_judges_what_a_removal_removed_and_kept(root: Path, capsys: pytest.CaptureFixture[str]):
+    def rule(images, instruction: str, form: str) -> dict[str, bool]:
+        return {"shows": any(name in instruction for name in ('"red"', '"blue"', '"green"')), "rest": "something" in instruction}
+
+    with RuleServer(rule=rule) as server:
+        flags = ["--concepts", str(root / "concepts.toml"), "--vlm", server.url, "--model", "rule", *REMOVAL]
+        assert main(["removal", str(root / "study"), "--dictionary", "double.1", *flags]) == 0
+    [removed] = RemovalResults.load(Study.open(root / "study").removals()[0]).concepts
+    # It always says yes: the concept is still there, and so is all else.
+    assert (removed.shown, *removed.rates) == (1.0, 0.0, 1.0, 1.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -103,6 +200,7 @@ def test_a_vlm_is_asked_once_for_each_image_in_spite_of_bad_answers(root: Path, 
         (["--clip", "a", "--vlm", "b"], "name one of --clip and --vlm"),
         (["--clip", "nowhere", "--offline"], "cannot be opened as a CLIP"),
         (["--vlm", "http://127.0.0.1:9/v1"], "--model NAME"),
+        (["--vlm", "http://127.0.0.1:9/v1", "--model", "m", "--effect-updates", "1"], "has no gradients"),
     ],
 )
 def test_judges_that_cannot_be_used_are_explained(root: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str):

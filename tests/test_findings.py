@@ -18,6 +18,7 @@ from difflex.effects.drawn_world import group_of, kind_task, scenery_pairs
 from difflex.effects.experiment_bench import ExperimentBench, detecting_features
 from difflex.effects.finding_rules import (
     RuleCondition,
+    concepts_needed,
     concepts_of,
     evaluate_conditions,
     rule_half,
@@ -33,6 +34,7 @@ from difflex.effects.findings import (
     _provenance,
     run_experiment,
 )
+from difflex.effects.inputs import weights_checksum
 from difflex.effects.judging import JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial
 from difflex.errors import BadInput, BrokenFile
 from difflex.miniature.captions import parse_caption
@@ -71,12 +73,12 @@ def world(
     The concept shows from the distance that its caption `needs`; steering adds `cost` to the loss, and `late` more after the
     fifth step."""
 
-    def images(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
+    def images(trials: Sequence[SteeringTrial], hooks: Sequence[SteeringHook]) -> Tensor:
         shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=7, guidance=0.0) for t in trials)
         pixels = torch.tensor([[0.0, 0.0, plain(trial.prompt)] for trial in trials])
         for step in range(7):
             still = torch.zeros(len(trials), 1, 1)
-            edited = None if steering is None else steering.change(still, HookContext(step, 1.0, None, shots, (1, 1)))
+            edited = None if not hooks else hooks[0].change(still, HookContext(step, 1.0, None, shots, (1, 1)))
             pixels[:, int(step >= 5)] += 0 if edited is None else edited[:, 0, 0] / 7
         return pixels.view(-1, 3, 1, 1)
 
@@ -243,6 +245,15 @@ def test_an_interval_that_contains_the_threshold_decides_nothing():
     )
 
 
+def test_the_number_of_concepts_that_would_decide_is_that_of_the_power():
+    # A mean of 0.1 with a deviation of 0.2: (1.960 + 0.842)² x 0.04 / 0.01 = 31.4.
+    values = [0.1 + 0.2 * x for x in (-1.0, 0.0, 1.0)]
+    assert concepts_needed([RuleCondition(values)]) == 32
+    ruling = rule_half("all", [1.0, 1.0, 1.0], {"one": [0.5 - x for x in values]})
+    assert ruling.verdict == "cannot be said" and "about 32 concepts would decide it in 80%" in ruling.reason
+    assert concepts_needed([RuleCondition([1.0])]) is None and concepts_needed([RuleCondition([-0.1, 0.1])]) is None
+
+
 def test_tails_are_those_of_students_t():
     # Quantiles from tables, outside of which 5 % (or 1 %) lie.
     for far, freedom, share in ((4.303, 2, 0.05), (3.182, 3, 0.05), (2.365, 7, 0.05), (9.925, 2, 0.01), (3.499, 7, 0.01)):
@@ -297,9 +308,9 @@ def test_experiments_share_the_images_of_the_base_contrast(names: tuple[str, ...
     config, made_up, counts = replace(CONFIG, groups=groups), world(), {None: 0, 7: 0}
 
     def counted(steps: int | None) -> JudgedGenerator:
-        def images(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
+        def images(trials: Sequence[SteeringTrial], hooks: Sequence[SteeringHook]) -> Tensor:
             counts[steps] += len(trials)
-            return made_up.images(trials, steering)
+            return made_up.images(trials, hooks)
 
         return made_up._replace(images=images)
 
@@ -384,7 +395,9 @@ def test_concepts_are_spread_over_their_group_and_other_groups_are_refused():
         concepts_of("style", 5)
 
 
-def test_the_command_makes_missing_findings_and_keeps_current_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_makes_missing_findings_and_keeps_current_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     Study.begin(tmp_path / "study", "mini-flux")
     flags = ["--site", "double.1", "--groups", "texture", "--concepts-per-group", "1", "--trials", "2", "--strength", "0.3:0.3:1"]
     words = ["findings", str(tmp_path / "study"), *flags]
@@ -404,6 +417,18 @@ def test_the_command_makes_missing_findings_and_keeps_current_ones(tmp_path: Pat
     assert {curve.concept for finding in second.findings for curve in finding.curves} == {"dotted"}
     assert main([*words, "--pairs", "1,2", "--finding", "quality"]) == 0
     assert "as before" not in capsys.readouterr().out
+    monkeypatch.setattr("difflex.effects.inputs.weights_checksum", lambda weights: "other weights")
+    assert main([*words, "--pairs", "1,2", "--finding", "quality"]) == 0
+    assert "as before" not in capsys.readouterr().out
+
+
+def test_the_checksum_of_weights_changes_with_any_matrix():
+    layer = torch.nn.Linear(50, 60)
+    before = weights_checksum(layer.named_parameters())
+    assert weights_checksum(layer.named_parameters()) == before
+    layer.weight.data.mul_(1.001)
+    assert weights_checksum(layer.named_parameters()) != before
+    assert weights_checksum(layer.to("meta").named_parameters()) != before
 
 
 def test_the_best_detecting_feature_is_used_if_its_precision_is_high_enough(tmp_path: Path):

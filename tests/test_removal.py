@@ -1,6 +1,9 @@
 """Concept removal: the right features are removed, losses are counted, and nothing else changes."""
 
 import math
+import multiprocessing
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,7 @@ from difflex.dictionaries import DictionaryOrigin, Neurons
 from difflex.effects import Provenance
 from difflex.effects.drawn_world import CAPTION_GROUPS, ConceptCaption, DrawnJudge, captions_by_concept
 from difflex.effects.judging import JudgeVerdict
-from difflex.effects.removal import RemovalConfig, RemovalResults, RemovedConcept
+from difflex.effects.removal import FinishedRemoval, RemovalConfig, RemovalResults, RemovedConcept
 from difflex.effects.removal_features import (
     FeatureCut,
     GenerationCodes,
@@ -383,6 +386,39 @@ def test_removal_writes_results_and_reuses_them(study: Path, capsys: pytest.Capt
             assert len(steps) == 4 and steps[0] == steps[3] == () and 1 <= len(steps[1]) <= 2
 
 
+def run_and_die(command: list[str]) -> None:
+    """Run a command in a process that is killed as soon as one concept is finished."""
+    save = FinishedRemoval.save
+
+    def dying(part: FinishedRemoval, path: Path) -> Path:
+        save(part, path)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return path
+
+    FinishedRemoval.save = dying
+    main(command)
+
+
+def test_a_killed_removal_continues_after_the_concepts_that_are_finished(study: Path, capsys: pytest.CaptureFixture[str]):
+    place = f"{SITES[1]}/topk-64-k4"
+    flags = ["--groups", "size", "--images", "1", "--selection-images", "1", "--features", "1", "--strength", "0"]
+    command = ["removal", str(study), "--dictionary", place, *flags]
+    process = multiprocessing.get_context("fork").Process(target=run_and_die, args=(command,))
+    process.start()
+    process.join()
+    path = Study.open(study).removal([Study.open(study).find_dictionary(place)])
+    assert process.exitcode == -signal.SIGKILL and not path.exists()
+    [part] = path.with_suffix(".unfinished").rglob("*.json")
+    finished = FinishedRemoval.load(part).removed
+    marked = replace(finished, strength=0.125)  # what is not measured again keeps the mark
+    FinishedRemoval(removed=marked).save(part)
+    assert main(command) == 0
+    results = RemovalResults.load(path)
+    assert results.concepts[0] == marked and [concept.concept for concept in results.concepts] == ["small", "large"]
+    assert not part.exists()
+    path.unlink()
+
+
 def test_removal_without_names_edits_each_label_at_all_its_sites(study: Path):
     flags = ["--groups", "size", "--images", "1", "--selection-images", "1", "--features", "1", "--strength", "0"]
     assert main(["removal", str(study), *flags]) == 0
@@ -411,7 +447,6 @@ def test_impossible_removals_are_explained(study: Path, words: tuple[str, ...], 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"groups": ()}, "leave nothing to remove"),
         ({"groups": ("colur",)}, "nearest: colour"),
         ({"groups": "colour"}, "not a tuple"),
         ({"images": 0}, "leave nothing to remove"),

@@ -19,10 +19,10 @@ from difflex.effects.judging import (
     SteeringMethod,
     SteeringTask,
     SteeringTrial,
-    batch_hook,
+    batch_hooks,
     judge_methods,
 )
-from difflex.errors import BadInput, BrokenFile
+from difflex.errors import BrokenFile
 from difflex.miniature import draw, load_judge
 from difflex.miniature.captions import parse_caption
 from difflex.miniature.world import HELD_OUT_SEEDS, SceneMix
@@ -41,10 +41,10 @@ def adding(strength: float) -> SteeringHook:
 def fake(spoils: float) -> JudgedGenerator:
     """Images of one number, the strength: red from 1 on, with a wrong background from `spoils` on; the loss grows with it."""
 
-    def images(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
+    def images(trials: Sequence[SteeringTrial], hooks: Sequence[SteeringHook]) -> Tensor:
         plain = torch.zeros(len(trials), 1, 1)
         shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=1, guidance=0.0) for t in trials)
-        edited = None if steering is None else steering.change(plain, HookContext(0, 1.0, None, shots, None))
+        edited = None if not hooks else hooks[0].change(plain, HookContext(0, 1.0, None, shots, None))
         return (plain if edited is None else edited).view(-1, 1, 1, 1)
 
     def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], pixels: Tensor) -> list[JudgeVerdict]:
@@ -55,7 +55,7 @@ def fake(spoils: float) -> JudgedGenerator:
 
 def test_a_curve_measures_success_specificity_and_quality():
     [curve] = judge_methods(
-        TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, adding(p)), (0.2, 1.0, 2.0))}, fake(spoils=2.0)
+        TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, [adding(p)]), (0.2, 1.0, 2.0))}, fake(spoils=2.0)
     )
     assert (curve.without, curve.trials, curve.description) == (0.0, 4, "it")
     assert [point.success for point in curve.points] == [0.0, 1.0, 1.0]
@@ -67,28 +67,27 @@ def test_a_curve_measures_success_specificity_and_quality():
 
 def test_the_best_strength_keeps_all_else_and_breaks_no_image():
     [curve] = judge_methods(
-        TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, adding(p)), (0.2, 0.4))}, fake(spoils=0.3)
+        TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, [adding(p)]), (0.2, 0.4))}, fake(spoils=0.3)
     )
     best = curve.best()
     assert best is not None and best.strength == 0.2 and curve.gain() == 0.0
-    [spoilt] = judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, adding(p)), (2.0,))}, fake(spoils=0.3))
+    [spoilt] = judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, [adding(p)]), (2.0,))}, fake(spoils=0.3))
     assert spoilt.best() is None and spoilt.gain() == 0.0
 
 
 def test_each_image_of_a_batch_gets_its_own_hook():
-    both = batch_hook(TRIALS[:3], [adding(1.0), None, adding(5.0)])
-    assert both is not None
+    other = SteeringHook(Site("single.0"), lambda x, moment: x - 1)
+    first, second = batch_hooks(TRIALS[:3], [[adding(1.0)], [], [adding(5.0), other]])
+    assert (str(first.site), str(second.site)) == ("double.1", "single.0")
     shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=1, guidance=0.0) for t in TRIALS[:3])
-    out = both.change(torch.zeros(3, 2, 2), HookContext(0, 1.0, None, shots, None))
-    assert out is not None and out[:, 0, 0].tolist() == [1.0, 0.0, 5.0]
-    assert batch_hook(TRIALS[:2], [None, None]) is None
-    with pytest.raises(BadInput, match="at one site"):
-        batch_hook(TRIALS[:2], [adding(1.0), SteeringHook(Site("single.0"), lambda x, moment: x)])
+    changed = [hook.change(torch.zeros(3, 2, 2), HookContext(0, 1.0, None, shots, None)) for hook in (first, second)]
+    assert [x is not None and x[:, 0, 0].tolist() for x in changed] == [[1.0, 0.0, 5.0], [0.0, 0.0, -1.0]]
+    assert batch_hooks(TRIALS[:2], [[], []]) == []
 
 
 def test_steering_results_are_loaded_as_saved_and_a_damaged_file_is_refused(tmp_path: Path):
     curves = tuple(
-        judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, adding(p)), (1.0,))}, fake(spoils=2.0))
+        judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, [adding(p)]), (1.0,))}, fake(spoils=2.0))
     )
     config = SteeringConfig(groups=("colour",), trials=4, edit_steps=(0, 3))
     provenance = Provenance(fingerprints={"double.1/d": "f"}, features={"double.1/d": {"red": 1}}, judge="clip")

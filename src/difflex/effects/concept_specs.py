@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, NamedTuple, final
@@ -16,12 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difflex.effects.drawn_world import caption_pairs, caption_region, caption_task, group_of, with_concept
+from difflex.effects.effect_aware import EffectJudge, drawn_effect_judge, similarity_effect_judge
 from difflex.effects.inputs import to_images
 from difflex.effects.judging import Images, JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial
 from difflex.errors import BadInput, DifflexError, UnknownName
 from difflex.evaluation import ClipModel
 from difflex.explanation import CachedClient, PresenceAnswer, PresenceQuestion, ask_presence
 from difflex.files import file_sha256
+from difflex.miniature import load_judge
 from difflex.records import Rectangle, Shot
 from difflex.steering import rectangle
 from difflex.values import check_fields, fits, shown
@@ -31,7 +33,9 @@ __all__ = [
     "ConceptSpec",
     "JudgedWorld",
     "clip_world",
+    "greyed",
     "read_concepts",
+    "region_of",
     "similarity_judge",
     "vlm_judge",
     "vlm_world",
@@ -79,23 +83,24 @@ class ConceptSpec:
 
     def task(self, trials: int) -> SteeringTask:
         """Return trials: every prompt with every other concept, then again with other seeds."""
-        prompts = [self._prompt(seed, self._other(seed)) for seed in range(trials)]
+        prompts = [self.prompt(seed, self._other(seed)) for seed in range(trials)]
         return SteeringTask.of(self.concept, self.group, [(prompt, self.region) for prompt in prompts])
 
     def pairs(self, count: int) -> list[tuple[str, str]]:
         """Return pairs of prompts that differ only in the concept: it, and another one of its group; all different."""
         count = min(count, len(self.prompts) * len(self.instead))
-        return [(self._prompt(i, self.concept), self._prompt(i, self._other(i))) for i in range(count)]
+        return [(self.prompt(i, self.concept), self.prompt(i, self._other(i))) for i in range(count)]
 
     def with_concept(self, trial: SteeringTrial) -> SteeringTrial:
         """Return the trial with a prompt that names the concept: the baseline that edits are compared with."""
-        return trial._replace(prompt=self._prompt(trial.seed, self.concept))
+        return trial._replace(prompt=self.prompt(trial.seed, self.concept))
 
     def rest(self, trial: SteeringTrial) -> str:
         """Return the prompt of a trial with `something` for the concept."""
-        return self._prompt(trial.seed, "something")
+        return self.prompt(trial.seed, "something")
 
-    def _prompt(self, number: int, word: str) -> str:
+    def prompt(self, number: int, word: str) -> str:
+        """Return the prompt of a number, in turn, with a word in its blank."""
         return self.prompts[number % len(self.prompts)].replace(BLANK, word)
 
     def _other(self, number: int) -> str:
@@ -163,6 +168,8 @@ class JudgedWorld(NamedTuple):
     """Of the CLIP; empty for other judges."""
     concepts: ConceptFile = ConceptFile({}, "")
     """Empty for the drawn world."""
+    effect_judge: Callable[[], EffectJudge] | None = None
+    """The judge with gradients; None for a VLM, which has none."""
 
 
 DRAWN_WORLD = JudgedWorld(
@@ -171,12 +178,17 @@ DRAWN_WORLD = JudgedWorld(
     with_concept,
     lambda shot, concept: caption_region(shot.prompt, group_of(concept)),
     lambda generator: generator,
+    effect_judge=lambda: drawn_effect_judge(load_judge()),
 )
 """The world of mini-flux."""
 
 
 def _world(
-    concepts: ConceptFile, judge: str, judged: Callable[[JudgedGenerator], JudgedGenerator], checksum: Callable[[], str] = str
+    concepts: ConceptFile,
+    judge: str,
+    judged: Callable[[JudgedGenerator], JudgedGenerator],
+    checksum: Callable[[], str] = str,
+    effect_judge: Callable[[], EffectJudge] | None = None,
 ) -> JudgedWorld:
     return JudgedWorld(
         lambda concept, trials: concepts.specs[concept].task(trials),
@@ -187,21 +199,34 @@ def _world(
         judge,
         checksum,
         concepts,
+        effect_judge,
     )
 
 
 def clip_world(concepts: ConceptFile, name: str, load: Callable[[], ClipModel], checksum: Callable[[], str] = str) -> JudgedWorld:
     """Return the world of concepts in words whose judge is the CLIP called `name`, which `load` opens."""
 
+    opened = cache(load)
+
     def judged(generator: JudgedGenerator) -> JudgedGenerator:
-        clip = load()
-        cached = lru_cache(CACHED)(lambda trials: generator.images(trials, None))
+        clip = opened()
+        cached = lru_cache(CACHED)(lambda trials: generator.images(trials, ()))
         unedited = lambda trials: cached(tuple(trials))  # noqa: E731 (compared with every edit)
         judge = similarity_judge(clip.embed_images, clip.embed_texts, clip.logit_scale, concepts.specs, unedited)
-        images = lambda trials, hook: unedited(trials) if hook is None else generator.images(trials, hook)  # noqa: E731
+        images = lambda trials, hooks: generator.images(trials, hooks) if hooks else unedited(trials)  # noqa: E731
         return generator._replace(images=images, verdicts=judge)
 
-    return _world(concepts, name, judged, checksum)
+    def effect_judge() -> EffectJudge:
+        clip, instead = opened(), lambda concept: concepts.specs[concept].instead
+        return similarity_effect_judge(clip.embed_images, clip.embed_texts, clip.logit_scale, instead, _parts)
+
+    return _world(concepts, name, judged, checksum, effect_judge)
+
+
+def _parts(trials: Sequence[SteeringTrial], images: Images) -> tuple[Images, Images | None]:
+    """Return the region of images, which all trials share, and the images without it; None if it is the whole image."""
+    region = trials[0].region
+    return images[region_of(images, region)], None if region is None else greyed(images, region)
 
 
 def vlm_world(concepts: ConceptFile, name: str, client: CachedClient, connections: int) -> JudgedWorld:
@@ -225,8 +250,8 @@ def similarity_judge(
 
     def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> list[JudgeVerdict]:
         texts, region = embed_texts([task.concept, *specs[task.concept].instead]), trials[0].region
-        shares = torch.softmax(logit_scale * embed_images(images[_region_of(images, region)]) @ texts.T, dim=1)
-        after, before = (embed_images(_greyed(batch, region)) for batch in (images, unedited(trials)))
+        shares = torch.softmax(logit_scale * embed_images(images[region_of(images, region)]) @ texts.T, dim=1)
+        after, before = (embed_images(greyed(batch, region)) for batch in (images, unedited(trials)))
         similarity = after @ before.T
         are_right = similarity.diagonal() >= similarity.amax(1) - 1e-6
         return [
@@ -245,7 +270,7 @@ def vlm_judge(
     def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> list[JudgeVerdict]:
         rest = specs[task.concept].rest
         parts = [
-            image[_region_of(image, trial.region)] if trial.region else None for image, trial in zip(images, trials, strict=True)
+            image[region_of(image, trial.region)] if trial.region else None for image, trial in zip(images, trials, strict=True)
         ]
         questions = [
             PresenceQuestion(image, None if part is None else next(to_images(part[None])), task.concept, rest(trial))
@@ -256,7 +281,7 @@ def vlm_judge(
     return verdicts
 
 
-def _region_of(images: Float[Tensor, "*some row column"], region: Rectangle | None) -> tuple[EllipsisType, slice, slice]:
+def region_of(images: Float[Tensor, "*some row column"], region: Rectangle | None) -> tuple[EllipsisType, slice, slice]:
     """Return the index of a region, of one pixel or more."""
     rows, columns = images.shape[-2:]
 
@@ -268,9 +293,9 @@ def _region_of(images: Float[Tensor, "*some row column"], region: Rectangle | No
     return ..., along(top, bottom, rows), along(left, right, columns)
 
 
-def _greyed(images: Images, region: Rectangle | None) -> Images:
+def greyed(images: Images, region: Rectangle | None) -> Images:
     """Return the images with a grey region; unchanged, if the region is the whole image."""
-    greyed = images.clone()
+    rest = images.clone()
     if region is not None:
-        greyed[_region_of(images, region)] = 0.5
-    return greyed
+        rest[region_of(images, region)] = 0.5
+    return rest

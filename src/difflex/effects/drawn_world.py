@@ -247,9 +247,9 @@ def _region_pixels(region: Rectangle | None) -> Bool[Tensor, "row column"]:
 def drawn_generator(model: ModelFunctions, steps: int | None = None) -> JudgedGenerator:
     """Return the model, in runs of `steps` (None: its own number), with the judge of the drawn world."""
 
-    def images(trials: Sequence[SteeringTrial], hook: SteeringHook | None) -> Images:
+    def images(trials: Sequence[SteeringTrial], hooks: Sequence[SteeringHook]) -> Images:
         prompts, seeds = [trial.prompt for trial in trials], [trial.seed for trial in trials]
         assert seeds == list(range(seeds[0], seeds[0] + len(seeds))), "the seeds of a task's trials follow one another"
-        return to_tensor(model.generate(prompts, seeds[0], steps, [hook] if hook else []))
+        return to_tensor(model.generate(prompts, seeds[0], steps, hooks))
 
     return JudgedGenerator(images, DrawnJudge(load_judge()), lambda pixels: model.losses(to_images(pixels), LOSS_LEVELS).mean(1))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
 from typing import ClassVar, Literal, NamedTuple, final
 
 from difflex.effects.drawn_world import CAPTION_GROUPS
@@ -25,6 +25,8 @@ MIN_CONCEPTS = 3
 """A mean is over this number of concepts at least."""
 LEVEL = 0.05
 """How often a rule may decide by chance where its means lie at their thresholds."""
+POWER = 0.8
+"""How often the number of concepts that is asked for decides, if the means are what they seem to be."""
 CERTAINTY = (
     "Decided by means over concepts whose 95 % intervals (Student's t; wider where a rule has several conditions: Bonferroni) "
     "leave the threshold out."
@@ -163,6 +165,25 @@ def _is_above(condition: RuleCondition, level: float) -> bool | None:
     return difference > 0 if is_significant else None
 
 
+def concepts_needed(conditions: Sequence[RuleCondition]) -> int | None:
+    """Return with how many concepts all undecided `conditions` would be decided with the probability POWER.
+
+    The number is (z + z')² s² / d²: d is the distance of the mean from its threshold and s the standard deviation over concepts,
+    both as they are now; z and z' are the normal quantiles of the level and of the power. None where d is 0, or s unknown.
+    """
+    level, needed = LEVEL / len(conditions), MIN_CONCEPTS
+    quantiles = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(POWER)
+    for condition in conditions:
+        values, threshold = condition
+        if _is_above(condition, level) is not None:
+            continue
+        difference = abs(fmean(values) - threshold) if values else 0.0
+        if difference < 1e-9 or len(values) < 2:
+            return None
+        needed = max(needed, math.ceil((quantiles * stdev(values) / difference) ** 2))
+    return needed
+
+
 def t_tail(t: float, freedom: int) -> float:
     """Return how often Student's t is farther from 0 than `t` (Abramowitz and Stegun 26.7.3, 26.7.4)."""
     angle = math.atan(abs(t) / math.sqrt(freedom))
@@ -181,6 +202,9 @@ def rule(conditions: Sequence[RuleCondition], numbers: str) -> Ruling:
     answer = evaluate_conditions(conditions)
     if answer is None:
         reason = f"{numbers}: a 95 % interval contains the threshold, or there are fewer than {MIN_CONCEPTS} concepts."
+        needed = concepts_needed(conditions)
+        if needed is not None:
+            reason += f" If the means stay as they are, about {needed:,} concepts would decide it in {POWER:.0%} of runs."
         return Ruling("cannot be said", reason)
     return Ruling("holds here" if answer else "does not hold here", f"{numbers}.")
 

@@ -59,7 +59,7 @@ def _pairs(bench: ExperimentBench) -> ExperimentOutcome:
         for name, several in {"all concepts": curves, **_by_group(curves)}.items()
     ]
     numbers = {f"gain of {count} pairs": fmean(values) for count, values in gains.items()}
-    return ExperimentOutcome(_rule_knee(gains), numbers, "pairs", "gain", tuple(lines), tuple(curves))
+    return ExperimentOutcome(rule_knee(gains), numbers, "pairs", "gain", tuple(lines), tuple(curves))
 
 
 def _by_group(curves: Sequence[StrengthCurve]) -> dict[str, list[StrengthCurve]]:
@@ -68,7 +68,7 @@ def _by_group(curves: Sequence[StrengthCurve]) -> dict[str, list[StrengthCurve]]
     return {group: [curve for curve in curves if curve.group == group] for group in groups}
 
 
-def _rule_knee(gains: Mapping[int, Sequence[float]]) -> Ruling:
+def rule_knee(gains: Mapping[int, Sequence[float]]) -> Ruling:
     """Rule whether the gain rises before the knee and no longer after it."""
     most = max(gains)
     if KNEE not in gains or BEFORE not in gains or most <= KNEE:
@@ -313,7 +313,7 @@ def run_findings(
     features = detecting_features(study, site, config.concepts(), log)
     bench = make_bench(study, site, config, model, features, other_path)
     with folder_lock(path.parent):
-        return path, _update_findings(study, site, bench, names or tuple(EXPERIMENTS), features, other_path, log)
+        return path, _update_findings(study, site, bench, names or tuple(EXPERIMENTS), features, other_path, model.weights(), log)
 
 
 def _update_findings(
@@ -323,6 +323,7 @@ def _update_findings(
     names: Sequence[str],
     features: Mapping[str, tuple[DictionaryRef, int]],
     other: Path | None,
+    weights: str,
     log: Callable[[str], None],
 ) -> Findings:
     """Make the experiments that are not up to date; write the findings after each."""
@@ -330,7 +331,7 @@ def _update_findings(
     stored = Findings.load(path).findings if path.is_file() else ()
     findings = Findings(model=study.model, revision=study.revision, site=str(site), parameters=bench.parameters, findings=stored)
     for number, name in enumerate(names, 1):
-        provenance = _provenance(study, name, features, other)
+        provenance = replace(_provenance(study, name, features, other), weights=weights)
         is_current = _is_current(findings.of(name), name, bench.config, provenance)
         log(f"{site}: {name}, {number} of {len(names)}{', as before' if is_current else ''}")
         if not is_current:

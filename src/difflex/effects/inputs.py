@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from difflex.study import DictionaryRef, Study
 Images = Float[Tensor, "image channel row column"]
 MOST_IMAGES = 10**6
 """Images that a command may generate."""
+SAMPLED = 1024
+"""Numbers of each of the weights that are read for a checksum, or a few more."""
 
 
 @final
@@ -42,8 +45,12 @@ class ModelFunctions:
     """The images that runs end in, with hooks, and the activations of sites, batch by batch."""
     losses: Callable[[Iterable[Image.Image], Sequence[float]], Float[Tensor, "image level"]]
     """The losses of the unedited model on images with noise of several levels."""
+    differentiable: Callable[[Sequence[Shot], Sequence[SteeringHook]], Images]
+    """The images of shots with hooks, with gradients with respect to what these add."""
     parameters: int
     """Of the denoiser."""
+    weights: Callable[[], str] = str
+    """The checksum of the denoiser by `weights_checksum`; empty if it is unknown."""
 
     def contrasts(
         self,
@@ -57,6 +64,21 @@ class ModelFunctions:
         """Return the contrasts of the first so many `pairs` of prompts for each of `counts` (None: all)."""
         sides = pair_activations(lambda shots: self.harvest(shots, site, batch), self.shots(steps), pairs)
         return find_contrasts(*sides, counts, region=region)
+
+
+def weights_checksum(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a SHA-256 of named `weights`: of the names, the shapes, and SAMPLED numbers of each, evenly spread.
+
+    Other weights under the same model name have another one, and the largest models take a second. Weights that are not in
+    memory (on the device `meta`) count by name and shape.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in weights:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if not tensor.is_meta:
+            flat = tensor.detach().flatten()
+            digest.update(flat[:: max(1, len(flat) // SAMPLED)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_images(count: int) -> None:
@@ -89,6 +111,8 @@ class Provenance:
     """SHA-256 of other files: of `concepts`, of `other findings`."""
     run: str = ""
     """Precision, pixels, steps and guidance of the model, as far as the study or flags set them."""
+    weights: str = ""
+    """The checksum of the denoiser, where results notice other weights under the same model name."""
 
     @classmethod
     def of(

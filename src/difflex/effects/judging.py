@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, final
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difflex.errors import BadInput
-from difflex.records import Edit, HookContext, Rectangle
+from difflex.records import Edit, HookContext, Rectangle, Site
 from difflex.steering import EditFeatures, SteeringHook, steering_hooks
 from difflex.steering.strengths import BROKEN
 
@@ -105,8 +106,8 @@ class StrengthCurve:
 class JudgedGenerator(NamedTuple):
     """A model and a judge of its images."""
 
-    images: Callable[[Sequence[SteeringTrial], SteeringHook | None], Images]
-    """The images of trials, with an edit or without one."""
+    images: Callable[[Sequence[SteeringTrial], Sequence[SteeringHook]], Images]
+    """The images of trials with hooks; unedited without any."""
     verdicts: Callable[[SteeringTask, Sequence[SteeringTrial], Images], Sequence[JudgeVerdict]]
     losses: Callable[[Images], Float[Tensor, " image"]]
     """The unedited model's loss on images, after noise was added to them."""
@@ -116,73 +117,92 @@ class SteeringMethod(NamedTuple):
     """A way to make a concept appear."""
 
     description: str
-    apply: Callable[[SteeringTrial, float], tuple[SteeringTrial, SteeringHook | None]]
-    """A trial at a strength: the same trial with a hook, or a trial with another prompt."""
+    apply: Callable[[SteeringTrial, float], tuple[SteeringTrial, Sequence[SteeringHook]]]
+    """A trial at a strength: the same trial with hooks, or a trial with another prompt."""
     strengths: Sequence[float]
 
     @classmethod
     def adding(cls, edit: Edit, features: EditFeatures, strengths: Sequence[float]) -> SteeringMethod:
         """Return the method that makes `edit` with `features` in the region of a trial."""
+        return cls.of_edits(features.description, [replace(edit, strength=1.0)], lambda _: features, strengths)
 
-        def apply(trial: SteeringTrial, strength: float) -> tuple[SteeringTrial, SteeringHook | None]:
-            region = None if edit.site.stream == "text" else trial.region  # text tokens have no place in the image
-            return trial, steering_hooks([replace(edit, strength=strength, region=region)], lambda _: features)[0]
+    @classmethod
+    def of_edits(
+        cls, description: str, edits: Sequence[Edit], features: Callable[[Edit], EditFeatures], factors: Sequence[float]
+    ) -> SteeringMethod:
+        """Return the method that makes `edits` in the region of a trial, their strengths multiplied by each of `factors`."""
 
-        return cls(features.description, apply, strengths)
+        def apply(trial: SteeringTrial, factor: float) -> tuple[SteeringTrial, Sequence[SteeringHook]]:
+            placed = {
+                # Text tokens have no place in the image.
+                replace(edit, strength=factor * edit.strength, region=None if edit.site.stream == "text" else trial.region): edit
+                for edit in edits
+            }
+            return trial, steering_hooks(placed, lambda edit: features(placed[edit]))
+
+        return cls(description, apply, factors)
+
+
+@final
+class JudgedTask:
+    """A task whose unedited images are judged: what edits are compared with."""
+
+    def __init__(self, task: SteeringTask, generator: JudgedGenerator) -> None:
+        """Generate and judge the unedited images."""
+        if not task.trials:
+            raise BadInput(f"There is no trial for '{task.concept}'. Give at least one.")
+        self.task, self._generator = task, generator
+        unedited = generator.images(task.trials, ())
+        self._before, self._losses = generator.verdicts(task, task.trials, unedited), generator.losses(unedited)
+        self.without = _mean([verdict.shows for verdict in self._before])
+
+    def point(self, method: SteeringMethod, strength: float) -> StrengthPoint:
+        """Return the effect of a method at a strength."""
+        trials, hooks = zip(*(method.apply(trial, strength) for trial in self.task.trials), strict=True)
+        edited = self._generator.images(trials, batch_hooks(trials, hooks))
+        # Judged by the original prompts: a prompt that was edited states the concept, not what it replaced.
+        after = self._generator.verdicts(self.task, self.task.trials, edited)
+        pairs = list(zip(self._before, after, strict=True))
+        still_right = [new.right[name] for old, new in pairs for name, right in old.right.items() if right]
+        return StrengthPoint(
+            strength=float(strength),
+            success=_mean([verdict.shows for verdict in after]),
+            specificity=_mean(still_right) if still_right else 1.0,
+            quality=float(self._generator.losses(edited).mean() / self._losses.mean()),
+            confidence=_mean([new.confidence for new in after]) / max(1e-9, _mean([old.confidence for old in self._before])),
+        )
+
+    def curve(self, name: str, method: SteeringMethod) -> StrengthCurve:
+        """Return the effect of the method called `name` at its strengths."""
+        return StrengthCurve(
+            method=name,
+            description=method.description,
+            concept=self.task.concept,
+            group=self.task.group,
+            trials=len(self.task.trials),
+            without=self.without,
+            points=tuple(self.point(method, strength) for strength in method.strengths),
+        )
 
 
 def judge_methods(
     task: SteeringTask, methods: Mapping[str, SteeringMethod], generator: JudgedGenerator
 ) -> Iterator[StrengthCurve]:
     """Yield a curve for each of `methods`, which are given by name."""
-    if not task.trials:
-        raise BadInput(f"There is no trial for '{task.concept}'. Give at least one.")
-    unedited = generator.images(task.trials, None)
-    before, losses = generator.verdicts(task, task.trials, unedited), generator.losses(unedited)
-    for name, method in methods.items():
-        yield StrengthCurve(
-            method=name,
-            description=method.description,
-            concept=task.concept,
-            group=task.group,
-            trials=len(task.trials),
-            without=_mean([verdict.shows for verdict in before]),
-            points=tuple(_point(task, method, strength, before, losses, generator) for strength in method.strengths),
-        )
+    judged = JudgedTask(task, generator)
+    yield from (judged.curve(name, method) for name, method in methods.items())
 
 
-def _point(
-    task: SteeringTask,
-    method: SteeringMethod,
-    strength: float,
-    before: Sequence[JudgeVerdict],
-    losses: Float[Tensor, " image"],
-    generator: JudgedGenerator,
-) -> StrengthPoint:
-    trials, hooks = zip(*(method.apply(trial, strength) for trial in task.trials), strict=True)
-    edited = generator.images(trials, batch_hook(trials, hooks))
-    # Judged by the original prompts: a prompt that was edited states the concept, not what it replaced.
-    after = generator.verdicts(task, task.trials, edited)
-    still_right = [new.right[name] for old, new in zip(before, after, strict=True) for name, right in old.right.items() if right]
-    return StrengthPoint(
-        strength=float(strength),
-        success=_mean([verdict.shows for verdict in after]),
-        specificity=_mean(still_right) if still_right else 1.0,
-        quality=float(generator.losses(edited).mean() / losses.mean()),
-        confidence=_mean([new.confidence for new in after]) / max(1e-9, _mean([old.confidence for old in before])),
-    )
+def batch_hooks(trials: Sequence[SteeringTrial], hooks: Sequence[Sequence[SteeringHook]]) -> list[SteeringHook]:
+    """Return the hooks of a batch whose images have hooks of their own, one for each site."""
+    by_site = dict[Site, dict[tuple[str, int], SteeringHook]]()
+    for trial, own in zip(trials, hooks, strict=True):
+        for hook in own:
+            by_site.setdefault(hook.site, {})[trial.prompt, trial.seed] = hook
 
-
-def batch_hook(trials: Sequence[SteeringTrial], hooks: Sequence[SteeringHook | None]) -> SteeringHook | None:
-    """Return one hook for a batch whose images have hooks of their own, all at one site."""
-    by_image = {(trial.prompt, trial.seed): hook for trial, hook in zip(trials, hooks, strict=True) if hook is not None}
-    sites = {hook.site for hook in by_image.values()}
-    if not sites:
-        return None
-    if len(sites) > 1:
-        raise BadInput(f"Images of one batch are edited at one site; these are at {', '.join(map(str, sorted(sites)))}.")
-
-    def change(x: Float[Tensor, "batch token width"], context: HookContext) -> Float[Tensor, "batch token width"] | None:
+    def change(
+        by_image: Mapping[tuple[str, int], SteeringHook], x: Float[Tensor, "batch token width"], context: HookContext
+    ) -> Float[Tensor, "batch token width"] | None:
         assert context.shots is not None
         rows, is_changed = [], False
         for row, shot in zip(x.split(1), context.shots, strict=True):
@@ -192,7 +212,7 @@ def batch_hook(trials: Sequence[SteeringTrial], hooks: Sequence[SteeringHook | N
             is_changed |= edited is not None
         return torch.cat(rows) if is_changed else None
 
-    return SteeringHook(sites.pop(), change)
+    return [SteeringHook(site, partial(change, by_image)) for site, by_image in by_site.items()]
 
 
 def _mean(values: Sequence[float]) -> float:

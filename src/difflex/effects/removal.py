@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import ClassVar, NamedTuple, final
 
 from PIL import Image
 
-from difflex.dictionaries import Dictionary
-from difflex.effects.drawn_world import CAPTION_GROUPS, ConceptCaption, DrawnJudge, captions_by_concept
-from difflex.effects.inputs import ModelFunctions, Provenance, check_images, check_steps, concept_matches, to_tensor
-from difflex.effects.judging import JudgeVerdict
+from difflex.effects.drawn_world import CAPTION_GROUPS
+from difflex.effects.inputs import ModelFunctions, Provenance, check_images, check_steps, concept_matches
 from difflex.effects.removal_features import (
     BAR,
     ENOUGH,
     FeatureCut,
-    GenerationCodes,
     MatchedFeatures,
     RemovalImages,
     RemovalRates,
@@ -29,25 +27,27 @@ from difflex.effects.removal_features import (
     best_trial,
     candidate_cuts,
 )
+from difflex.effects.removal_world import DRAWN_REMOVAL, RemovalWorld, image_sets
+from difflex.effects.resuming import FinishedConcepts
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import folder_lock, write_file
 from difflex.json_records import JsonRecord
-from difflex.miniature import load_judge
 from difflex.miniature.world import CONCEPTS
-from difflex.records import Site
-from difflex.steering import SteeringHook, StudyEditor, check_origin
+from difflex.steering import StudyEditor, check_origin
 from difflex.study import DictionaryRef, Study
 from difflex.tables import text_table
 from difflex.values import check_fields
 
 __all__ = ["RemovalConfig", "RemovalRates", "RemovalResults", "RemovedConcept", "removal_table", "remove_concepts"]
 
-SEED_DISTANCE = 10**6
-"""Between the first seeds of two sets of images."""
 DETECTS, SHOWN = 0.5, 6
 """Average precision from which a feature that detects a concept is tried; images of each concept that are kept."""
+FORBIDDEN = r"[^\w .-]"
+"""What the name of a file has none of."""
 Places = tuple[DictionaryRef, ...]
 """Dictionaries whose features are removed together."""
+_ImageSets = Callable[[], Sequence[RemovalImages]]
+"""Makes the images that features are chosen by, that settings are chosen by, and that results are measured on."""
 
 
 @final
@@ -56,7 +56,7 @@ class RemovalConfig:
     """Which concepts are removed, and how."""
 
     groups: tuple[str, ...] = ("colour", "background")
-    """Groups of concepts of the drawn world."""
+    """Groups of concepts of the drawn world; empty for all of a concept file."""
     images: int = 24
     """Prompts for each concept that results are measured on."""
     selection_images: int = 12
@@ -77,16 +77,19 @@ class RemovalConfig:
             if group not in CAPTION_GROUPS:
                 raise UnknownName.among("The group", group, CAPTION_GROUPS)
         counts = (self.images, self.selection_images, self.tuning_images, *self.features)
-        if min(counts) < 1 or not all((self.features, self.groups, self.strengths)):
+        if min(counts) < 1 or not self.features or not self.strengths:
             raise BadInput(
                 f"{self.images} images, {self.selection_images} to select features and {self.tuning_images} to tune them, with "
-                f"{len(self.features)} numbers of features and {len(self.groups)} groups, leave nothing to remove. Ask for 1 or "
-                "more of each."
+                f"{len(self.features)} numbers of features and {len(self.strengths)} strengths, leave nothing to remove. Ask for "
+                "1 or more of each."
             )
         if max(self.strengths) >= 1:
             raise BadInput(f"A strength of {max(self.strengths):g} removes nothing: codes are multiplied by it. Stay below 1.")
+        self.check_images(sum(len(CONCEPTS[group]) for group in self.groups))
+
+    def check_images(self, concepts: int) -> None:
+        """Refuse to generate too many images for a number of concepts."""
         settings = len(self.features) * len(self.strengths)
-        concepts = sum(len(CONCEPTS[group]) for group in self.groups)
         check_images(concepts * (self.selection_images + (1 + settings) * self.tuning_images + 2 * self.images))
 
     @property
@@ -140,6 +143,17 @@ class RemovalResults(JsonRecord):
         return [concept for concept in self.concepts if concept.rates.reach(bar)]
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class FinishedRemoval(JsonRecord):
+    """One removed concept: what is kept of a run that is interrupted."""
+
+    FORMAT: ClassVar[int] = 1
+    COMMAND: ClassVar[str] = "removal"
+
+    removed: RemovedConcept
+
+
 class RemovalOutcome(NamedTuple):
     """The file of removal results, the results, and whether they were reused."""
 
@@ -154,6 +168,7 @@ def remove_concepts(
     config: RemovalConfig,
     model: Callable[[], ModelFunctions],
     log: Callable[[str], None] = print,
+    world: RemovalWorld = DRAWN_REMOVAL,
 ) -> list[RemovalOutcome]:
     """Remove concepts with dictionaries of `study`, write the results and return them.
 
@@ -162,7 +177,13 @@ def remove_concepts(
     """
     editor, current = StudyEditor(study), dict[Places, RemovalResults]()
     paths = {places: study.removal(places) for places in _dictionary_sets(editor, names)}
-    provenances = {places: Provenance.of(study, {place: {} for place in places}) for places in paths}
+    if world.features and any(len(places) > 1 for places in paths):
+        raise BadInput("The concept file names features, which are of one dictionary. Name one dictionary, without commas.")
+    config.check_images(sum(len(world.groups[group]) for group in config.groups or world.groups))
+    files = world.checksums()
+    provenances = {
+        places: Provenance.of(study, {place: world.features for place in places}, world.judge, files) for places in paths
+    }
     for places, path in paths.items():
         results = RemovalResults.load(path) if path.is_file() else None
         if results is not None and (results.config, results.provenance) == (config, provenances[places]):
@@ -171,7 +192,8 @@ def remove_concepts(
     with ExitStack() as stack:
         for folder in dict.fromkeys(paths[places].parent for places in stale):
             stack.enter_context(folder_lock(folder))
-        for places, concepts in (_remove_with_sets(editor, stale, config, model(), log) if stale else {}).items():
+        finished = {places: FinishedConcepts(paths[places], FinishedRemoval, config, provenances[places]) for places in stale}
+        for places, concepts in (_remove_with_sets(editor, finished, config, model(), world, log) if stale else {}).items():
             results = RemovalResults(
                 model=study.model,
                 dictionaries=tuple(map(str, places)),
@@ -180,6 +202,7 @@ def remove_concepts(
                 provenance=provenances[places],
             )
             results.save(paths[places])
+            finished[places].delete()
             current[places] = results
     return [RemovalOutcome(paths[places], current[places], places not in stale) for places in paths]
 
@@ -201,22 +224,34 @@ def _dictionary_sets(editor: StudyEditor, names: Sequence[str]) -> list[Places]:
 
 
 def _remove_with_sets(
-    editor: StudyEditor, sets: Sequence[Places], config: RemovalConfig, model: ModelFunctions, log: Callable[[str], None]
+    editor: StudyEditor,
+    finished: Mapping[Places, FinishedConcepts[FinishedRemoval]],
+    config: RemovalConfig,
+    model: ModelFunctions,
+    world: RemovalWorld,
+    log: Callable[[str], None],
 ) -> dict[Places, list[RemovedConcept]]:
-    """Remove the concepts of all groups with each set of dictionaries."""
+    """Remove the concepts of all groups with each set of dictionaries; those that are finished are read."""
     model.shots(config.steps)  # refuses steps that the run does not have
-    dictionaries = {place: editor.dictionary(place) for places in sets for place in places}
-    removed: dict[Places, list[RemovedConcept]] = {places: [] for places in sets}
-    for group in config.groups:
+    dictionaries = {place: editor.dictionary(place) for places in finished for place in places}
+    removed: dict[Places, list[RemovedConcept]] = {places: [] for places in finished}
+
+    def remove(concept: str, group: str, places: Places, image_sets: _ImageSets) -> tuple[FinishedRemoval, Mapping[str, bytes]]:
+        named = world.features.get(concept)
+        own = None if named is None else MatchedFeatures((named,), 1.0)
+        matched = {place: own or _matched(editor.study, place, concept) for place in places}
+        folder = editor.study.removal(places).with_suffix("")
+        return FinishedRemoval(removed=_remove_concept(concept, group, config, image_sets(), matched, folder)), {}
+
+    for group in config.groups or world.groups:
         counts = (config.selection_images, config.tuning_images, config.images)
-        selection, tuning, unseen = _image_sets(model, dictionaries, group, counts)
-        for places in sets:
+        made = cache(partial(image_sets, model, world, dictionaries, group, counts))
+        for places, concepts in finished.items():
             log(f"{', '.join(map(str, places))}: {group}")
-            for concept in dict.fromkeys(selection.concepts):
-                matched = {place: _matched(editor.study, place, concept) for place in places}
-                folder = editor.study.removal(places).with_suffix("")
-                removed[places].append(_remove_concept(concept, group, config, selection, tuning, unseen, matched, folder))
-                log("  ".join(_table_row(removed[places][-1])))
+            for concept in world.removed[group]:
+                part = concepts.get_or(concept, partial(remove, concept, group, places, made))
+                removed[places].append(part.removed)
+                log("  ".join(_table_row(part.removed)))
     return removed
 
 
@@ -224,13 +259,12 @@ def _remove_concept(
     concept: str,
     group: str,
     config: RemovalConfig,
-    selection: RemovalImages,
-    tuning: RemovalImages,
-    unseen: RemovalImages,
+    image_sets: Sequence[RemovalImages],
     matched: Mapping[DictionaryRef, MatchedFeatures],
     folder: Path,
 ) -> RemovedConcept:
     """Remove a concept with what is best on the first two sets of images, and judge it on the third."""
+    selection, tuning, unseen = image_sets
     settings = [(count, strength) for count in config.features for strength in config.strengths]
     candidates = candidate_cuts(selection, concept, max(config.features), matched, config.steps)
     (count, strength), chosen, tried = settings[0], candidates[0], list[RemovalTrial]()
@@ -292,58 +326,7 @@ def _write_images(
             sheet.paste(image, (column * width, row * height))
     buffer = io.BytesIO()
     sheet.save(buffer, "WEBP", lossless=True)
-    write_file(folder / f"{concept}.webp", buffer.getvalue())
-
-
-def _image_sets(
-    model: ModelFunctions, dictionaries: Mapping[DictionaryRef, Dictionary], group: str, counts: Sequence[int]
-) -> Iterator[RemovalImages]:
-    """Yield sets of images of captions, with so many for each concept; they share no caption and no seed."""
-    by_concept, ends, judge = captions_by_concept(group, sum(counts)), [0, *accumulate(counts)], DrawnJudge(load_judge())
-    for number, (start, end) in enumerate(pairwise(ends)):
-        captions = [caption for captions_of_concept in by_concept for caption in captions_of_concept[start:end]]
-        yield _judged_images(model, dictionaries, judge, group, captions, number * SEED_DISTANCE)
-
-
-def _judged_images(
-    model: ModelFunctions,
-    dictionaries: Mapping[DictionaryRef, Dictionary],
-    judge: DrawnJudge,
-    group: str,
-    captions: Sequence[ConceptCaption],
-    first_seed: int,
-) -> RemovalImages:
-    """Generate and judge the images of captions, and collect the codes of dictionaries."""
-    shot = replace(model.shots(range(1))[0], timestep=None)
-    shots = [replace(shot, prompt=item.caption, seed=seed) for seed, item in enumerate(captions, first_seed)]
-    codes = {place: GenerationCodes(dictionary) for place, dictionary in dictionaries.items()}
-
-    def generated(numbers: Sequence[int], hooks: Sequence[SteeringHook]) -> list[Image.Image]:
-        sites = list(dict.fromkeys(place.site for place in codes))[:1]
-        images: list[Image.Image] = []
-        for batch, activations in model.finish([shots[i] for i in numbers], sites, hooks):
-            images += batch
-            for _ in activations:  # the run goes on as they are read
-                pass
-        return images
-
-    def verdicts(numbers: Sequence[int], sites: Iterable[Site], hooks: Sequence[SteeringHook] = ()) -> list[JudgeVerdict]:
-        """Return the verdicts on the images of these numbers; without hooks their codes are collected."""
-        generated: list[Image.Image] = []
-        for images, activations in model.finish([shots[i] for i in numbers], list(dict.fromkeys(sites)), hooks):
-            generated += images
-            for batch in activations if not hooks else ():
-                for place in [place for place in codes if place.site == batch.site]:
-                    codes[place].add(batch)
-        return judge.of_captions(group, [captions[i] for i in numbers], to_tensor(generated))
-
-    return RemovalImages(
-        concepts=tuple(caption.concept for caption in captions),
-        before=tuple(verdicts(range(len(shots)), (place.site for place in codes))),
-        codes=codes,
-        edited=lambda numbers, hooks: verdicts(numbers, [hooks[0].site], hooks),
-        generated=generated,
-    )
+    write_file(folder / f"{re.sub(FORBIDDEN, '-', concept)}.webp", buffer.getvalue())
 
 
 def removal_table(results: RemovalResults) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import ClassVar, NamedTuple, final
@@ -13,8 +13,10 @@ from typing import ClassVar, NamedTuple, final
 from PIL import Image
 
 from difflex.choices import Unit
+from difflex.effects.automatic import plan_edits, sited_features
 from difflex.effects.concept_specs import DRAWN_WORLD, JudgedWorld
 from difflex.effects.drawn_world import drawn_generator, group_of
+from difflex.effects.effect_aware import EffectConfig, optimise_edits
 from difflex.effects.inputs import (
     ModelFunctions,
     NeuronBaseline,
@@ -25,17 +27,30 @@ from difflex.effects.inputs import (
     neuron_baseline,
     to_images,
 )
-from difflex.effects.judging import Images, SteeringMethod, SteeringTask, SteeringTrial, StrengthCurve, judge_methods
+from difflex.effects.judging import (
+    Images,
+    JudgedGenerator,
+    JudgedTask,
+    SteeringMethod,
+    SteeringTrial,
+    StrengthCurve,
+    judge_methods,
+)
+from difflex.effects.resuming import FinishedConcepts
+from difflex.effects.steering_strips import ImageStrip, delete_other_strips, draw_strips, has_strips, write_strips
 from difflex.errors import BadInput, UnknownName
-from difflex.files import file_sha256, folder_lock, write_file
+from difflex.files import folder_lock
 from difflex.json_records import JsonRecord
 from difflex.miniature.world import CONCEPTS
-from difflex.records import Edit
-from difflex.steering import SteeringHook, StudyEditor, random_features
+from difflex.records import Edit, Shot
+from difflex.steering import EditRecord, SteeringHook, StudyEditor, random_features
 from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study
 from difflex.tables import text_table
 from difflex.values import check_fields
+
+PLANNED = 31
+"""Images for each prompt that a plan is chosen on, at most: unedited, and at five doses of six plans."""
 
 
 @final
@@ -56,6 +71,12 @@ class SteeringConfig:
     unit: Unit = "peak"
     edit_steps: tuple[int, int] | None = None
     """First denoising step to edit and the one after the last; None for all."""
+    automatic: bool = False
+    """Also steer with the features of all sites, with sites, operation, steps and dose chosen on prompts of their own."""
+    effect_updates: int = 0
+    """Also optimise the strengths of each site and step through the model, in so many updates; 0 does not."""
+    tuning: int = 8
+    """Prompts of each concept for these two; they are never judged."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -63,33 +84,17 @@ class SteeringConfig:
         for group in self.groups:
             if group not in CONCEPTS:
                 raise UnknownName.among("The group", group, CONCEPTS)
-        if self.trials < 1 or self.pairs < 1 or not self.strengths:
+        if self.trials < 1 or self.pairs < 1 or self.tuning < 1 or self.effect_updates < 0 or not self.strengths:
             raise BadInput(
-                f"{self.trials} trials, {self.pairs} pairs and {len(self.strengths)} strengths leave nothing to judge. Ask for 1 "
-                "or more of each."
+                f"{self.trials} trials, {self.pairs} pairs, {self.tuning} prompts to tune and {len(self.strengths)} strengths, "
+                f"with {self.effect_updates} updates, leave nothing to judge. Ask for 1 or more of each; updates may be 0."
             )
         self.check_images(1)
 
     def check_images(self, concepts: int) -> None:
         """Refuse to generate too many images for a number of concepts."""
-        check_images(concepts * (self.trials * (2 + 4 * len(self.strengths)) + 2 * self.pairs))
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class ImageStrip:
-    """The image of the first trial of a task under a method at rising strengths."""
-
-    method: str
-    concept: str
-    group: str
-    prompt: str
-    """Of the unedited image."""
-    strengths: tuple[float, ...]
-    file: str
-    """In the folder named like the record: the unedited image, then one for each strength, side by side."""
-    sha256: str
-    """Of the file."""
+        planned = self.tuning * (PLANNED * self.automatic + self.effect_updates)
+        check_images(concepts * (self.trials * (2 + 4 * len(self.strengths)) + 2 * self.pairs + planned))
 
 
 @final
@@ -110,6 +115,18 @@ class SteeringResults(JsonRecord):
     def of(self, method: str) -> list[StrengthCurve]:
         """Return the curves of a method."""
         return [curve for curve in self.curves if curve.method == method]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SteeredConcept(JsonRecord):
+    """The curves of all methods for one concept, and their strips: what is kept of a run that is interrupted."""
+
+    FORMAT: ClassVar[int] = 1
+    COMMAND: ClassVar[str] = "steer-eval"
+
+    curves: tuple[StrengthCurve, ...]
+    strips: tuple[ImageStrip, ...]
 
 
 class SteeringEvaluation(NamedTuple):
@@ -144,6 +161,10 @@ def run_steering_evaluation(
     Results that are up to date are reused; the model is only loaded for others.
     """
     editor, specs = StudyEditor(study), world.concepts.specs
+    if config.effect_updates and world.effect_judge is None:
+        raise BadInput(
+            "A VLM has no gradients that strengths could be optimised by. Leave out the updates, or judge with a CLIP."
+        )
     places = [study.find_dictionary(name) for name in names] or [
         place for place in study.dictionaries() if place.site.kind != "neurons"
     ]
@@ -159,21 +180,27 @@ def run_steering_evaluation(
         path, neurons = study.steering(*place), neuron_baseline(editor, place)
         provenance = _provenance(study, place, concepts, neurons, world)
         stored = SteeringResults.load(path) if path.is_file() else None
-        if stored is not None and (stored.config, stored.provenance) == (config, provenance) and _has_strips(stored, path):
+        if stored is not None and (stored.config, stored.provenance) == (config, provenance) and has_strips(stored.strips, path):
             yield SteeringEvaluation(place, path, stored, len(concepts), True)
             continue
         with folder_lock(path.parent):
             run = _SteeringRun(editor, place, config, model(), world, neurons)
-            curves, strips = run.judge(concepts, log)
+            finished = FinishedConcepts(path, SteeredConcept, config, provenance)
+            parts = run.judge(concepts, finished, log)
+            strips = _best_strips(parts)
             results = SteeringResults(
                 model=study.model,
                 site=str(place.site),
-                curves=tuple(curves),
+                curves=tuple(curve for part in parts for curve in part.curves),
                 config=config,
                 provenance=provenance,
-                strips=tuple(strips),
+                strips=strips,
             )
-            _save_results(results, path, strips)
+            # The results count only with all of their strips.
+            write_strips({strip: finished.file(_part_file(strip)).read_bytes() for strip in strips}, path)
+            results.save(path)
+            delete_other_strips(strips, path)
+            finished.delete()
         yield SteeringEvaluation(place, path, results, len(concepts), False)
 
 
@@ -223,30 +250,33 @@ class _SteeringRun:
     neurons: NeuronBaseline | None
 
     def judge(
-        self, concepts: Sequence[_TargetConcept], log: Callable[[str], None]
-    ) -> tuple[list[StrengthCurve], dict[ImageStrip, bytes]]:
-        """Return all curves, and for each group the strips of the concept with the largest gain."""
+        self, concepts: Sequence[_TargetConcept], finished: FinishedConcepts[SteeredConcept], log: Callable[[str], None]
+    ) -> list[SteeredConcept]:
+        """Return the curves and strips of each concept; those that are finished are read."""
         generator, first = self.world.judged(drawn_generator(self.model)), list[Image.Image]()
 
-        def record_first(trials: Sequence[SteeringTrial], hook: SteeringHook | None) -> Images:
-            images = generator.images(trials, hook)
+        def record_first(trials: Sequence[SteeringTrial], hooks: Sequence[SteeringHook]) -> Images:
+            images = generator.images(trials, hooks)
             first.extend(to_images(images[:1]))
             return images
 
         recorded = generator._replace(images=record_first)
-        curves, best = list[StrengthCurve](), dict[str, tuple[float, dict[ImageStrip, bytes]]]()
+
+        def steer(target: _TargetConcept) -> tuple[SteeredConcept, dict[str, bytes]]:
+            task = self.world.task(target.concept, self.config.trials)
+            first.clear()
+            curves = tuple(judge_methods(task, self._methods(target) | dict(self._planned(target, generator)), recorded))
+            strips = dict(draw_strips(task, curves, first))
+            return SteeredConcept(curves=curves, strips=tuple(strips)), {_part_file(strip): strips[strip] for strip in strips}
+
+        parts = list[SteeredConcept]()
         for number, target in enumerate(concepts, 1):
             ap = "" if target.ap is None else f" (AP {target.ap:.2f})"
             log(f"{self.place}: {target.concept} by feature {target.feature}{ap}, {number} of {len(concepts)}")
-            task = self.world.task(target.concept, self.config.trials)
-            first.clear()
-            of_task = list(judge_methods(task, self._methods(target), recorded))
-            if task.group not in best or of_task[0].gain() > best[task.group][0]:
-                best[task.group] = of_task[0].gain(), dict(_strips(task, of_task, first))
-            curves += of_task
-        return curves, {strip: content for _, strips in best.values() for strip, content in strips.items()}
+            parts.append(finished.get_or(target.concept, partial(steer, target)))
+        return parts
 
-    def _methods(self, target: _TargetConcept) -> Mapping[str, SteeringMethod]:
+    def _methods(self, target: _TargetConcept) -> dict[str, SteeringMethod]:
         """Return the methods by name: the feature, and the baselines."""
         site, label = self.place
         concept, strengths, steps = target.concept, self.config.strengths, self.config.edit_steps
@@ -261,7 +291,7 @@ class _SteeringRun:
             "contrast": SteeringMethod.adding(replace(edit, unit="code"), direction, strengths),
             "random": SteeringMethod.adding(edit, random_features(features, target.feature), strengths),
             "prompt": SteeringMethod(
-                "the caption names it", lambda trial, strength: (self.world.with_concept(trial, concept), None), (1.0,)
+                "the caption names it", lambda trial, strength: (self.world.with_concept(trial, concept), ()), (1.0,)
             ),
         }
         if self.neurons is not None and concept in self.neurons.best:
@@ -270,50 +300,66 @@ class _SteeringRun:
             methods["neuron"] = SteeringMethod.adding(edit, self.editor.features(edit), strengths)
         return methods
 
+    def _planned(self, target: _TargetConcept, generator: JudgedGenerator) -> Iterator[tuple[str, SteeringMethod]]:
+        """Yield the methods that are found on prompts of their own, which are never judged, and write their edits."""
+        config, features = self.config, cache(self.editor.features)
+        if not config.automatic and not config.effect_updates:
+            return
+        task = self.world.task(target.concept, config.trials + config.tuning)
+        task = replace(task, trials=task.trials[config.trials :])
+        sited = sited_features(self.editor, target.concept, self.place, target.feature, config.min_ap)
+        settings = replace(self.model.shots(range(1))[0], timestep=None)
+        edits = [
+            Edit(
+                operation="add",
+                site=place.site,
+                dictionary=place.label,
+                features=(feature,),
+                unit=config.unit,
+                steps=config.edit_steps,
+            )
+            for place, feature, _ in sited
+        ]
+        if config.automatic:
+            plan = plan_edits(JudgedTask(task, generator), sited, features, settings.steps, edits[0])
+            dose = plan.point.strength
+            self._write_edits(
+                target, "automatic", [replace(edit, strength=dose * edit.strength) for edit in plan.edits], settings
+            )
+            yield "automatic", SteeringMethod.of_edits(plan.name, plan.edits, features, (dose,))
+        if config.effect_updates:
+            assert self.world.effect_judge is not None
+            judge, effect = self.world.effect_judge(), EffectConfig(updates=config.effect_updates, batch=min(8, config.tuning))
+            found = optimise_edits(task, edits, features, settings, self.model.differentiable, judge, effect)
+            self._write_edits(target, "effect-aware", found.edits, settings)
+            name = f"{len(found.edits)} strengths of {len(sited)} sites"
+            yield "effect-aware", SteeringMethod.of_edits(name, found.edits, features, (1.0,))
 
-def _strips(
-    task: SteeringTask, curves: Sequence[StrengthCurve], images: Sequence[Image.Image]
-) -> Iterator[tuple[ImageStrip, bytes]]:
-    """Yield a strip for each of `curves` and its file; `images` are the unedited one, then those of the points in order."""
-    unedited, edited = images[0], iter(images[1:])
-    for curve in curves:
-        content = _side_by_side([unedited, *(next(edited) for _ in curve.points)])
-        strip = ImageStrip(
-            method=curve.method,
-            concept=curve.concept,
-            group=curve.group,
-            prompt=task.trials[0].prompt,
-            strengths=tuple(point.strength for point in curve.points),
-            file=f"{curve.group}-{curve.method}.webp",
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
-        yield strip, content
+    def _write_edits(self, target: _TargetConcept, method: str, edits: Sequence[Edit], settings: Shot) -> None:
+        """Write edits as a record of the first trial, for `difflex steer --replay` and `--also`."""
+        if not edits:
+            return
+        trial = self.world.task(target.concept, 1).trials[0]
+        placed = tuple(replace(edit, region=None if edit.site.stream == "text" else trial.region) for edit in edits)
+        shot = replace(settings, prompt=trial.prompt, seed=trial.seed)
+        record = EditRecord(shot=shot, edits=placed, checksums=self.editor.checksums(placed))
+        name = re.sub(r"\W+", "-", target.concept)
+        record.save(self.editor.study.steering(*self.place).with_suffix("") / f"{name}-{method}.json")
 
 
-def _side_by_side(tiles: Sequence[Image.Image]) -> bytes:
-    """Return a WebP file of `tiles` in a row."""
-    width, height = tiles[0].size
-    strip, buffer = Image.new("RGB", (width * len(tiles), height)), io.BytesIO()
-    for column, tile in enumerate(tiles):
-        strip.paste(tile, (column * width, 0))
-    strip.save(buffer, "WEBP", lossless=True)
-    return buffer.getvalue()
+def _part_file(strip: ImageStrip) -> str:
+    """Return the name of a strip's file next to those of other concepts."""
+    return f"{strip.sha256[:32]}.webp"
 
 
-def _has_strips(results: SteeringResults, path: Path) -> bool:
-    files = [(path.with_suffix("") / strip.file, strip.sha256) for strip in results.strips]
-    return all(file.is_file() and file_sha256(file) == checksum for file, checksum in files)
-
-
-def _save_results(results: SteeringResults, path: Path, strips: Mapping[ImageStrip, bytes]) -> None:
-    """Write `strips`, then `results`, which count only with all of their strips; then delete all other strips."""
-    folder = path.with_suffix("")
-    for strip, content in strips.items():
-        write_file(folder / strip.file, content)
-    results.save(path)
-    for file in folder.glob("*.webp"):
-        if file.name not in {strip.file for strip in strips}:
-            file.unlink()
+def _best_strips(parts: Sequence[SteeredConcept]) -> tuple[ImageStrip, ...]:
+    """Return for each group the strips of the concept with the largest gain, the first of several."""
+    best = dict[str, SteeredConcept]()
+    for part in parts:
+        first = part.curves[0]
+        if first.group not in best or first.gain() > best[first.group].curves[0].gain():
+            best[first.group] = part
+    return tuple(strip for part in best.values() for strip in part.strips)
 
 
 def steering_table(results: SteeringResults) -> str:

@@ -143,7 +143,7 @@ class ClipModel:
         infinite = [name for name, weights in loaded.named_parameters() if not bool(torch.isfinite(weights).all())]
         if infinite:
             raise NonFinite(f"The weights {infinite[0]} of the CLIP '{model}' hold NaN or infinity. Copy or download it again.")
-        self._model = loaded.to(self._device).eval()
+        self._model = loaded.to(self._device).eval().requires_grad_(False)
         self._mean, self._deviation = statistics
 
     @staticmethod
@@ -163,13 +163,16 @@ class ClipModel:
         """The factor from cosine similarities to logits."""
         return math.exp(self._model.logit_scale.item())
 
-    @torch.inference_mode()
     def embed_images(self, pixels: Images) -> Float[Tensor, "image width"]:
-        """Return unit embeddings of images, which are resized to CLIP's size by the shorter side and cropped."""
-        outputs = [self._model.get_image_features(pixel_values=self._preprocess(part)) for part in pixels.split(BATCH)]
-        return F.normalize(torch.cat([output.pooler_output for output in outputs]), dim=1)
+        """Return unit embeddings of images, which are resized to CLIP's size by the shorter side and cropped.
 
-    @torch.inference_mode()
+        They have gradients if `pixels` have.
+        """
+        with torch.set_grad_enabled(pixels.requires_grad):
+            outputs = [self._model.get_image_features(pixel_values=self._preprocess(part)) for part in pixels.split(BATCH)]
+            return F.normalize(torch.cat([output.pooler_output for output in outputs]), dim=1)
+
+    @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "text width"]:
         """Return unit embeddings of texts, truncated to CLIP's maximum length."""
         longest = self._model.config.text_config.max_position_embeddings

@@ -1,10 +1,12 @@
 """Runs of a diffusers pipeline: one call for a batch of shots, and the batches of many shots."""
 
 import gc
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import groupby, islice
 from typing import NamedTuple, NoReturn, Protocol, TypeVar, cast, final
 
@@ -103,7 +105,9 @@ class Engine:
         """Whether the denoiser computes a conditional and an unconditional half."""
         return self.family.is_guided(guidance, self.config)
 
-    def run(self, shots: Sequence[Shot], timestep: float | None = None, **arguments: object) -> list[Image.Image] | Tensor:
+    def run(
+        self, shots: Sequence[Shot], timestep: float | None = None, gradients: bool = False, **arguments: object
+    ) -> list[Image.Image] | Tensor:
         """Call the pipeline for `shots`, which differ in prompt and seed only; return images, or latents if requested."""
         self.tracker.check_idle()
         guided = self.is_guided(shots[0].guidance)
@@ -112,10 +116,12 @@ class Engine:
         context = RunContext(tuple(shots), guided, timestep, unconditional if isinstance(unconditional, Tensor) else None)
         # Each class of diffusers has its own `__call__`, the base has none.
         pipeline = cast(Callable[..., tuple[list[Image.Image] | Tensor]], self.diffusers)
+        if gradients:  # which diffusers' decorator switches off
+            pipeline = partial(inspect.unwrap(type(pipeline).__call__), pipeline)
         with self.tracker.claimed():
             outer, self.tracker.run = self.tracker.run, context
             try:
-                with torch.no_grad():
+                with torch.set_grad_enabled(gradients):
                     return pipeline(**prompts, **self._settings(shots, guided), **arguments, return_dict=False)[0]
             except BaseException:
                 self._release()
@@ -130,10 +136,10 @@ class Engine:
         assert isinstance(images, list)
         return images
 
-    def pixels(self, shots: Sequence[Shot]) -> Float[Tensor, "image channel row column"]:
-        """Generate the images of `shots` as pixels between 0 and 1."""
+    def pixels(self, shots: Sequence[Shot], gradients: bool = False) -> Float[Tensor, "image channel row column"]:
+        """Generate the images of `shots` as pixels between 0 and 1, with `gradients` with respect to what hooks add."""
         with self._finite(shots):
-            pixels = self.run(shots, output_type="pt")
+            pixels = self.run(shots, gradients=gradients, output_type="pt")
         assert isinstance(pixels, Tensor)
         return pixels
 

@@ -85,6 +85,18 @@ class Pipeline:
         images = [image for batch_images in batches for image in batch_images]
         return [GeneratedImage(image, shot) for image, shot in zip(images, shots, strict=True)]
 
+    def differentiable_images(
+        self, shots: Sequence[Shot], edits: Iterable[tuple[Site | str, SiteFunction]] = ()
+    ) -> Float[Tensor, "image channel row column"]:
+        """Return the images of `shots`, one batch, as pixels between 0 and 1, with gradients with respect to what `edits` add.
+
+        The memory for them grows with the images, the steps and the size of the model.
+        """
+        with ExitStack() as stack:
+            for site, function in edits:
+                stack.enter_context(self.at(site, function))
+            return self.engine.pixels([replace(shot, timestep=None) for shot in shots], gradients=True)
+
     def site(self, name: Site | str) -> Site:
         """Return the site called `name` in its canonical notation; the error for an unknown one shows the nearest."""
         return self.engine.sites.locate(name).site

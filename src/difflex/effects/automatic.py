@@ -1,0 +1,139 @@
+"""Where, when and how strongly to steer towards a concept, chosen on prompts of their own: sites, operation, steps and dose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from difflex.effects.inputs import concept_matches
+from difflex.effects.judging import JudgedTask, SteeringMethod, StrengthPoint
+from difflex.records import Edit
+from difflex.steering import EditFeatures, StudyEditor
+from difflex.steering.strengths import BROKEN
+from difflex.study import DictionaryRef
+
+TARGET, KEPT = 0.95, 0.93
+"""The success at which a dose is enough, and the share of all else that it must keep: more than is asked of the judged images, as
+what is just enough for a few images may be too little for others."""
+MOST, HALVINGS = 3.0, 5
+"""The largest dose, in peaks, and how often the range of doses is halved."""
+COSINE = 0.3
+"""The least cosine of decoder directions at which features of two sites count as the same."""
+
+
+class SitedFeature(NamedTuple):
+    """A feature of a concept at a site."""
+
+    place: DictionaryRef
+    feature: int
+    presence: float
+    """The average precision with which it detects the concept, or its cosine to the feature that does."""
+
+
+class EditPlan(NamedTuple):
+    """Edits that were found on prompts of their own."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    """At a dose of 1."""
+    point: StrengthPoint
+    """The chosen dose, and its effect on those prompts."""
+
+
+def sited_features(editor: StudyEditor, concept: str, place: DictionaryRef, feature: int, min_ap: float) -> list[SitedFeature]:
+    """Return the feature that stands for a concept at each site of a study: `feature` of `place`, then by falling presence.
+
+    At other sites it is the one that detects the concept best, with an average precision of `min_ap` or more; where no feature is
+    known to, the one whose decoder direction has the largest cosine with that of `feature`, from COSINE on.
+    """
+    direction = editor.dictionary(place).directions[feature].float()
+    best: dict[str, SitedFeature] = {}
+    for other in editor.study.dictionaries():
+        is_alike = other.site.stream == place.site.stream and other.site.kind == place.site.kind
+        if other.site.path == place.site.path or not is_alike:
+            continue
+        found = _matched(editor, concept, other, min_ap) or _similar(editor, other, direction)
+        if found is not None and found.presence > (best[other.site.path].presence if other.site.path in best else 0.0):
+            best[other.site.path] = found
+    return [SitedFeature(place, feature, 1.0), *sorted(best.values(), key=lambda item: -item.presence)]
+
+
+def _matched(editor: StudyEditor, concept: str, place: DictionaryRef, min_ap: float) -> SitedFeature | None:
+    matches = concept_matches(editor.study, place)
+    results = () if matches is None else matches.clearest_level.results
+    best = [result.best for result in results if result.concept.name == concept and result.best.ap.value >= min_ap]
+    return SitedFeature(place, best[0].features[0], best[0].ap.value) if best else None
+
+
+def _similar(editor: StudyEditor, place: DictionaryRef, direction: Tensor) -> SitedFeature | None:
+    dictionary = editor.dictionary(place)
+    if dictionary.width != len(direction):
+        return None
+    cosine, feature = (dictionary.directions.float() @ direction.to(dictionary.device)).max(0)
+    return SitedFeature(place, int(feature), float(cosine)) if float(cosine) >= COSINE else None
+
+
+def plan_edits(
+    tuning: JudgedTask, sited: Sequence[SitedFeature], features: Callable[[Edit], EditFeatures], steps: int, edit: Edit
+) -> EditPlan:
+    """Return the edits whose least sufficient dose has the largest effect on the images of `tuning`.
+
+    First sites and operation are chosen (the first site or all; adding, or setting codes so that tokens move only as far as the
+    concept is missing), then the steps: all, or the first so many. `edit` holds what they have in common.
+    """
+    plans = [_dosed(tuning, name, edits, features) for name, edits in _placements(sited, edit)]
+    best = max(plans, key=_effect)
+    if edit.steps is None:
+        ends = sorted({end for end in (1, steps // 2) if 0 < end < steps})
+        early = [
+            _dosed(tuning, f"{best.name}, steps 0:{end}", [replace(item, steps=(0, end)) for item in best.edits], features)
+            for end in ends
+        ]
+        best = max([best, *early], key=_effect)
+    return best
+
+
+def _placements(sited: Sequence[SitedFeature], edit: Edit) -> Iterator[tuple[str, list[Edit]]]:
+    """Yield edits at a dose of 1 with their name."""
+    for count in dict.fromkeys((1, len(sited))):
+        where = str(sited[0].place.site) if count == 1 else f"{count} sites"
+        for operation in ("add", "set") if edit.unit not in ("norm", "current-norm") else ("add",):
+            yield (
+                f"{operation} at {where}",
+                [
+                    replace(edit, operation=operation, site=place.site, dictionary=place.label, features=(feature,), strength=1.0)
+                    for place, feature, _ in sited[:count]
+                ],
+            )
+
+
+def _dosed(tuning: JudgedTask, name: str, edits: Sequence[Edit], features: Callable[[Edit], EditFeatures]) -> EditPlan:
+    method = SteeringMethod.of_edits(name, edits, features, ())
+    return EditPlan(name, tuple(edits), find_dose(lambda dose: tuning.point(method, dose)))
+
+
+def _effect(plan: EditPlan) -> tuple[bool, float, float]:
+    return _is_intact(plan.point), round(plan.point.success, 6), plan.point.specificity
+
+
+def find_dose(point: Callable[[float], StrengthPoint]) -> StrengthPoint:
+    """Return the least dose up to MOST that reaches the success TARGET without loss, by bisection: success rises with the dose.
+
+    If none does, return the one with the highest success of those without loss; if none is without, the smallest that was tried.
+    """
+    low, high, tried = 0.0, MOST, list[StrengthPoint]()
+    for _ in range(HALVINGS):
+        tried.append(point((low + high) / 2))
+        if _is_intact(tried[-1]) and tried[-1].success < TARGET:
+            low = tried[-1].strength
+        else:
+            high = tried[-1].strength
+    intact = [item for item in tried if _is_intact(item)]
+    return max(intact, key=lambda item: (item.success, -item.strength)) if intact else min(tried, key=lambda item: item.strength)
+
+
+def _is_intact(point: StrengthPoint) -> bool:
+    return point.specificity >= KEPT and point.quality < BROKEN

@@ -1,0 +1,248 @@
+"""Edits that are aware of their effect: strengths of each site and step, found through the model by gradients of a judge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from difflex.effects.drawn_world import group_of
+from difflex.effects.judging import Images, SteeringMethod, SteeringTask, SteeringTrial, batch_hooks
+from difflex.errors import BadInput, NonFinite
+from difflex.miniature.judge import DENSE, WHOLE, Judge
+from difflex.miniature.world import CONCEPTS
+from difflex.records import Edit, HookContext, Shot, Site
+from difflex.steering import EditFeatures, SteeringHook
+from difflex.values import check_fields
+
+ENOUGH = 0.9
+"""The probability of a concept from which on more is not asked for."""
+SMALLEST = 0.02
+"""Strengths below this are left out."""
+Run = Callable[[Sequence[Shot], Sequence[SteeringHook]], Images]
+"""The images of shots with hooks, with gradients with respect to what these add."""
+
+
+class EffectJudge(NamedTuple):
+    """A judge whose answers have gradients with respect to the images."""
+
+    shows: Callable[[SteeringTask, Sequence[SteeringTrial], Images], Float[Tensor, " image"]]
+    """The log-probability that the region of each trial shows the concept."""
+    changes: Callable[[SteeringTask, Sequence[SteeringTrial], Images, Images], Float[Tensor, " image"]]
+    """How far all else differs between unedited and edited images; 0 for the same image."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class EffectConfig:
+    """How strengths are optimised."""
+
+    updates: int = 40
+    rate: float = 0.1
+    """The first learning rate of Adam, about how much a strength changes in an update; it falls to zero along a cosine."""
+    batch: int = 8
+    """Images of an update."""
+    keep: float = 1.0
+    """The weight of changes of all else, next to that of the concept."""
+    strength_cost: float = 0.02
+    """The weight of the mean strength."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.updates < 1 or self.batch < 1 or self.rate <= 0 or self.keep < 0 or self.strength_cost < 0:
+            raise BadInput(
+                f"{self.updates} updates of {self.batch} images at a rate of {self.rate:g} with the weights {self.keep:g} and "
+                f"{self.strength_cost:g} optimise nothing. Give numbers above 0; weights may be 0."
+            )
+
+
+class OptimisedEdits(NamedTuple):
+    """Edits with optimised strengths, and the course of the optimisation."""
+
+    edits: tuple[Edit, ...]
+    """One for each site and step whose strength counts."""
+    losses: tuple[float, ...]
+    shows: tuple[float, ...]
+    """The mean probability of the concept, at each update."""
+
+
+def optimise_edits(
+    task: SteeringTask,
+    edits: Sequence[Edit],
+    features: Callable[[Edit], EditFeatures],
+    settings: Shot,
+    run: Run,
+    judge: EffectJudge,
+    config: EffectConfig,
+) -> OptimisedEdits:
+    """Return `edits` with a strength for each step that makes the concept of `task` appear at its trials and keeps all else.
+
+    The loss is -log p + keep * c + strength_cost * |s|: p is the judge's probability of the concept, up to ENOUGH; c is how far
+    all else changes; |s| the mean strength. `settings` is a shot of the run without prompt and seed. Edits must add.
+    """
+    if any(edit.operation != "add" or edit.unit == "current-norm" for edit in edits) or not edits:
+        raise BadInput("Strengths are optimised of edits that add, in units other than current-norm. Give one or more of them.")
+    batches = [task.trials[start : start + config.batch] for start in range(0, len(task.trials), config.batch)]
+    prepared = [_TrialBatch.of(trials, edits, features, settings) for trials in batches]
+    strengths = torch.zeros(len(edits), settings.steps, requires_grad=True)
+    # Short memories: strengths that are more than enough must not keep growing.
+    adam = torch.optim.Adam([strengths], lr=config.rate, betas=(0.5, 0.9))
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.updates)
+    losses, shown = list[float](), list[float]()
+    unedited = list[Images]()
+    for update in range(config.updates):
+        batch = prepared[update % len(prepared)]
+        if len(unedited) < len(prepared):
+            unedited.append(run(batch.shots, ()).detach())
+        images = run(batch.shots, batch.hooks(strengths))
+        shows = judge.shows(task, batch.trials, images)
+        changes = judge.changes(task, batch.trials, unedited[update % len(prepared)], images)
+        loss = -shows.clamp(max=math.log(ENOUGH)).mean() + config.keep * changes.mean()
+        loss = loss + config.strength_cost * strengths.abs().mean()
+        if not bool(torch.isfinite(loss)):
+            raise NonFinite(f"The loss of update {update} for '{task.concept}' is NaN or infinite. Lower the learning rate.")
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        falling.step()
+        losses.append(loss.item())
+        shown.append(shows.detach().exp().mean().item())
+    values = strengths.detach().tolist()
+    optimised = [
+        replace(edit, strength=round(value, 4), steps=(step, step + 1))
+        for edit, row in zip(edits, values, strict=True)
+        for step, value in enumerate(row)
+        if abs(value) >= SMALLEST and (edit.steps is None or edit.steps[0] <= step < edit.steps[1])
+    ]
+    return OptimisedEdits(tuple(optimised), tuple(losses), tuple(shown))
+
+
+@final
+@dataclass(frozen=True)
+class _TrialBatch:
+    """Trials, their shots, and the hooks that make each edit at a strength of 1, by site."""
+
+    trials: Sequence[SteeringTrial]
+    shots: tuple[Shot, ...]
+    units: dict[Site, dict[int, SteeringHook]]
+    """By the number of the edit."""
+
+    @classmethod
+    def of(
+        cls, trials: Sequence[SteeringTrial], edits: Sequence[Edit], features: Callable[[Edit], EditFeatures], settings: Shot
+    ) -> _TrialBatch:
+        units = dict[Site, dict[int, SteeringHook]]()
+        for number, edit in enumerate(edits):
+            method = SteeringMethod.of_edits("", [replace(edit, strength=1.0)], features, (1.0,))
+            for hook in batch_hooks(trials, [method.apply(trial, 1.0)[1] for trial in trials]):
+                units.setdefault(hook.site, {})[number] = hook
+        shots = tuple(replace(settings, prompt=trial.prompt, seed=trial.seed, timestep=None) for trial in trials)
+        return cls(trials, shots, units)
+
+    def hooks(self, strengths: Float[Tensor, "edit step"]) -> list[SteeringHook]:
+        """Return hooks that make the edits at `strengths`."""
+
+        def change(units: Mapping[int, SteeringHook], x: Tensor, context: HookContext) -> Tensor | None:
+            still, total = torch.zeros_like(x), None
+            for number, unit in units.items():
+                delta = unit.change(still, context)
+                if delta is not None:
+                    part = strengths[number, context.step].to(x) * delta
+                    total = part if total is None else total + part
+            return None if total is None else x + total
+
+        return [SteeringHook(site, partial(change, units)) for site, units in self.units.items()]
+
+
+def drawn_effect_judge(judge: Judge) -> EffectJudge:
+    """Return the judge of the drawn world with gradients.
+
+    Pixels count by the probability that they could show the concept: object pixels of the region, or background pixels. Changes
+    are divergences of the judge's predictions from those for the unedited image.
+    """
+
+    def shows(task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> Tensor:
+        group = group_of(task.concept)
+        index = CONCEPTS[group].index(task.concept)
+        answers = judge(images)
+        likely = answers[group].log_softmax(1)[:, index]
+        if group in WHOLE:
+            return likely
+        objects = answers["object"].sigmoid().detach()
+        weights = _inside(trials, images) * (1 - objects if group == "background" else objects) + 1e-6
+        return (weights * likely).sum((1, 2)) / weights.sum((1, 2))
+
+    def changes(task: SteeringTask, trials: Sequence[SteeringTrial], before: Images, after: Images) -> Tensor:
+        group, (old, new) = task.group, (judge(images) for images in (before, after))
+        objects, outside = old["object"].sigmoid(), 1 - _inside(trials, before)
+        # A shape changes with its outline.
+        total = _mean(F.binary_cross_entropy_with_logits(new["object"], objects, reduction="none")
+                      - F.binary_cross_entropy_with_logits(old["object"], objects, reduction="none"),
+                      outside if group == "shape" else torch.ones_like(outside))  # fmt: skip
+        for name in DENSE:
+            weights = 1 - objects if name == "background" else objects
+            weights = weights * outside if name == group else weights
+            total = total + _mean(_divergence(old[name], new[name]), weights)
+        for name in WHOLE:
+            total = total + (0.0 if name == group else _divergence(old[name], new[name]))
+        return total
+
+    return EffectJudge(shows, changes)
+
+
+def similarity_effect_judge(
+    embed_images: Callable[[Images], Float[Tensor, "image width"]],
+    embed_texts: Callable[[Sequence[str]], Float[Tensor, "text width"]],
+    logit_scale: float,
+    instead: Callable[[str], Sequence[str]],
+    parts: Callable[[Sequence[SteeringTrial], Images], tuple[Images, Images | None]],
+) -> EffectJudge:
+    """Return the judge by embeddings of norm 1, as CLIP makes them; `instead` are the other concepts of the group.
+
+    `parts` returns the region of images, and the images without it (None where it is the whole image).
+    """
+
+    def shows(task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> Tensor:
+        texts = embed_texts([task.concept, *instead(task.concept)])
+        return (logit_scale * embed_images(parts(trials, images)[0]) @ texts.T).log_softmax(1)[:, 0]
+
+    def changes(task: SteeringTask, trials: Sequence[SteeringTrial], before: Images, after: Images) -> Tensor:
+        rest = [parts(trials, images)[1] for images in (before, after)]
+        if rest[0] is None or rest[1] is None:
+            return after.new_zeros(len(after))
+        return logit_scale * (1 - (embed_images(rest[0]) * embed_images(rest[1])).sum(1))
+
+    return EffectJudge(shows, changes)
+
+
+def _inside(trials: Sequence[SteeringTrial], images: Images) -> Float[Tensor, "image row column"]:
+    """Return 1 for pixels in the region of each trial, 0 for others."""
+    rows, columns = images.shape[-2:]
+    y, x = ((torch.arange(count) + 0.5) / count for count in (rows, columns))
+    masks = [
+        torch.ones(rows, columns)
+        if trial.region is None
+        else torch.outer(
+            ((y >= trial.region.top) & (y < trial.region.bottom)).float(),
+            ((x >= trial.region.left) & (x < trial.region.right)).float(),
+        )
+        for trial in trials
+    ]
+    return torch.stack(masks).to(images)
+
+
+def _divergence(old: Tensor, new: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergence of predictions over the axis of concepts."""
+    before, after = old.log_softmax(1), new.log_softmax(1)
+    return (before.exp() * (before - after)).sum(1)
+
+
+def _mean(values: Float[Tensor, "image row column"], weights: Float[Tensor, "image row column"]) -> Float[Tensor, " image"]:
+    return (values * weights).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1.0)

@@ -1,0 +1,135 @@
+"""Edits whose strengths are optimised through the model: the gradients are those of the images, and what suffices is found."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import difflex
+from difflex.effects.drawn_world import FIRST_CAPTION
+from difflex.effects.effect_aware import EffectConfig, EffectJudge, drawn_effect_judge, optimise_edits, similarity_effect_judge
+from difflex.effects.judging import SteeringTask, SteeringTrial
+from difflex.errors import BadInput
+from difflex.miniature import draw, load_judge
+from difflex.miniature.world import CONCEPTS, SceneMix
+from difflex.records import Edit, HookContext, Shot, Site
+from difflex.steering import EditFeatures, SteeringHook
+from difflex.testing import tiny_folder
+
+SITES = ("double.0", "single.0")
+SETTINGS = Shot(model="m", pixels=(8, 8), steps=2, guidance=0.0)
+TRIALS = tuple(SteeringTrial(f"image {number}", number, None) for number in range(4))
+TASK = SteeringTask(concept="red", group="colour", trials=TRIALS)
+UNIT = EditFeatures("a feature", lambda x: x, torch.ones(1, 1), {"peak": torch.ones(1)})
+
+
+def edits(**changes: object) -> list[Edit]:
+    return [Edit(operation="add", site=Site.parse(site), dictionary="d", features=(0,), **changes) for site in SITES]  # pyright: ignore[reportArgumentType]
+
+
+def run(shots: Sequence[Shot], hooks: Sequence[SteeringHook]) -> Tensor:
+    """Images of two numbers: what is added at the first site in the first step, and what is added anywhere else."""
+    good, bad = torch.zeros(len(shots)), torch.zeros(len(shots))
+    for step in range(2):
+        for hook in hooks:
+            x = torch.zeros(len(shots), 1, 1)
+            edited = hook.change(x, HookContext(step, 1.0, None, tuple(shots), (1, 1), 2))
+            added = (x if edited is None else edited)[:, 0, 0]
+            good, bad = (good + added, bad) if (str(hook.site), step) == ("double.0", 0) else (good, bad + added)
+    return torch.stack([good, bad], 1).view(-1, 2, 1, 1)
+
+
+JUDGE = EffectJudge(
+    lambda task, trials, images: (4 * images[:, 0, 0, 0] - 4).sigmoid().log(),
+    lambda task, trials, before, after: (after - before)[:, 1, 0, 0].square(),
+)
+
+
+def test_strengths_become_what_suffices_at_the_site_and_step_that_have_the_effect():
+    optimised = optimise_edits(TASK, edits(), lambda _: UNIT, SETTINGS, run, JUDGE, EffectConfig(updates=150, batch=2))
+    [edit] = [edit for edit in optimised.edits if abs(edit.strength) > 0.1]
+    # The probability 0.9 is reached at 1 + log(9) / 4.
+    assert (str(edit.site), edit.steps) == ("double.0", (0, 1)) and edit.strength == pytest.approx(1 + math.log(9) / 4, abs=0.1)
+    assert optimised.shows[0] < 0.05 and optimised.shows[-1] > 0.85 and optimised.losses[-1] < optimised.losses[0]
+
+
+def test_steps_that_are_not_edited_keep_no_strength():
+    optimised = optimise_edits(TASK, edits(steps=(1, 2)), lambda _: UNIT, SETTINGS, run, JUDGE, EffectConfig(updates=5))
+    assert all(edit.steps == (1, 2) for edit in optimised.edits)
+
+
+@pytest.mark.parametrize("changed", [{"operation": "set"}, {"unit": "current-norm"}])
+def test_edits_whose_change_depends_on_the_activation_are_refused(changed: dict[str, object]):
+    wrong = [Edit(**{"operation": "add", "site": SITES[0], "dictionary": "d", "features": (0,), **changed})]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BadInput, match="edits that add"):
+        optimise_edits(TASK, wrong, lambda _: UNIT, SETTINGS, run, JUDGE, EffectConfig())
+
+
+@pytest.mark.parametrize("changes", [{"updates": 0}, {"batch": 0}, {"rate": 0.0}, {"keep": -1.0}])
+def test_impossible_settings_are_refused(changes: dict[str, object]):
+    with pytest.raises(BadInput, match="optimise nothing"):
+        EffectConfig(**changes)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_images_are_those_of_a_run_without_gradients_and_their_gradients_are_differences(family: str, tmp_path: Path):
+    pipe = difflex.load(tiny_folder(family, tmp_path / family))
+    site = pipe.sites()[0].site
+    shots = [replace(next(iter(pipe.shots("a star", keep_steps=[0]))), timestep=None)]
+    strength = torch.tensor(0.5, requires_grad=True)
+    images = pipe.differentiable_images(shots, [(site, lambda x, context: x + strength)])
+    images.mean().backward()
+    assert strength.grad is not None
+
+    def mean(value: float) -> float:
+        with pipe.at(site, lambda x, context: x + value):
+            return float(pipe.engine.pixels(shots).double().mean())
+
+    assert mean(0.5) == pytest.approx(float(images.detach().double().mean()), abs=1e-6)
+    assert float(strength.grad) == pytest.approx((mean(0.52) - mean(0.48)) / 0.04, rel=0.1, abs=1e-4)
+    assert not pipe.engine.pixels(shots).requires_grad
+
+
+@pytest.mark.parametrize("group", ["colour", "shape", "background", "style"])
+def test_the_drawn_judge_prefers_images_with_the_concept_and_sees_changes_of_all_else(group: str):
+    scenes = draw(torch.arange(FIRST_CAPTION, FIRST_CAPTION + 16), SceneMix(1, 0, 0))
+    judge = drawn_effect_judge(load_judge())
+    indices = getattr(scenes.specs, group)
+    indices = indices if indices.ndim == 1 else indices[:, 0]
+    concept = CONCEPTS[group][int(indices[0])]
+    trials = [SteeringTrial("", number, None) for number in range(16)]
+    task = SteeringTask(concept=concept, group=group, trials=tuple(trials))
+    images = scenes.images.clone().requires_grad_()
+    shows = judge.shows(task, trials, images)
+    shows.sum().backward()
+    assert images.grad is not None and bool((images.grad.flatten(1).norm(dim=1) > 0).all())
+    is_shown = indices == indices[0]
+    assert shows[is_shown].mean() > math.log(0.5) > shows[~is_shown].mean()
+    same, other = (
+        judge.changes(task, trials, scenes.images, scenes.images),
+        judge.changes(task, trials, scenes.images, scenes.images.flip(0)),
+    )
+    assert bool((same.abs() < 1e-4).all()) and float(other.mean()) > 0.5
+
+
+def test_the_judge_by_similarity_looks_at_the_region_and_at_the_rest():
+    embed = lambda images: torch.nn.functional.normalize(images.mean((2, 3)) + 0.01, dim=1)  # noqa: E731
+    judge = similarity_effect_judge(
+        embed,
+        lambda texts: torch.eye(3)[: len(texts)],
+        10.0,
+        lambda concept: ["green"],
+        lambda trials, x: (x[..., :2], x[..., 2:]),
+    )
+    red, green = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    red[:, 0], green[:, 1] = 1.0, 1.0
+    half = torch.cat([red[..., :2], green[..., 2:]], -1)
+    assert (
+        float(judge.shows(TASK, TRIALS[:1], half)) > math.log(0.9) > math.log(0.1) > float(judge.shows(TASK, TRIALS[:1], green))
+    )
+    assert float(judge.changes(TASK, TRIALS[:1], green, half)) == pytest.approx(0.0, abs=1e-5)
+    assert float(judge.changes(TASK, TRIALS[:1], red, half)) > 1
