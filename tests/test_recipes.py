@@ -13,6 +13,7 @@ from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, Evaluat
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.features import CollectCommand
 from difflex.commands.harvest import HarvestCommand
+from difflex.commands.measures import BlockRolesCommand, MeasureCommand
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Evaluation
@@ -45,7 +46,7 @@ DRAWN = {"pixels": [[64, 64], [16, 24]]}
 def shrunk(study: Study, model: Path, prompts: Path) -> Study:
     """The same study of a tiny model, with small dictionaries of few tokens."""
     harvested = [site for command in study.commands if isinstance(command, HarvestCommand) for site in command.site]
-    middle = "double.1" if "double.2" in harvested else "double.1:smooth"
+    middle = "up.0.1:update" if harvested[0].startswith("down") else "double.1" if "double.2" in harvested else "double.1:smooth"
 
     def small(command: Command) -> Command:
         match command:
@@ -70,7 +71,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 few = {"images": 150, "noise": (0.5,), "empty_prompts": True, "pixels": (64, 64)}
                 return replace(command, site=(site,), dictionary=(), **few)
             case CollectCommand():
-                sites = tuple(HERE.get(site, site) for site in command.site)
+                sites = tuple(HERE.get(site, site) for site in command.site) or (middle,)
                 return replace(
                     command,
                     site=sites,
@@ -102,6 +103,10 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
             case FindingsCommand():
                 few = {"groups": ("colour",), "concepts_per_group": 1, "trials": 1, "pairs": (1,), "strength": (0.1,)}
                 return replace(command, site="double.1", pixels=(64, 64), **few)
+            case MeasureCommand():
+                return replace(command, dictionary=(), sample=2, images=2)
+            case BlockRolesCommand():
+                return replace(command, study_or_model=str(model), prompts=str(prompts), pixels=(16, 24), images=2)
             case _:
                 return command
 
@@ -110,7 +115,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
 
 def planned(name: str, folder: Path) -> Study:
     """The study of a tiny model by the recipe `name`, in `folder`; the model and its prompts are next to it."""
-    family = "sdxl" if name.startswith("sdxl") else "flux"
+    family = "sdxl" if "sdxl" in name else "flux"
     model, prompts = folder.parent / family, folder.parent / "prompts.txt"
     prompts.write_text("\n".join(f"star {number}" for number in range(400)))
     return shrunk(RECIPES[name](folder), model if model.exists() else tiny_folder(family, model, defaults=DRAWN), prompts)
@@ -175,8 +180,11 @@ def test_a_study_of_flux_is_planned_and_nothing_is_written(tmp_path: Path, capsy
     assert not (tmp_path / "study").exists()
 
 
-def test_the_study_of_sdxl_turbo_runs_to_its_end_and_again_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    study = planned("sdxl_turbo", tmp_path / "study")
+@pytest.mark.parametrize("name", ["sdxl_turbo", pytest.param("mini_sdxl", marks=pytest.mark.slow)])
+def test_the_study_of_an_sdxl_runs_to_its_end_and_again_does_nothing(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    study = planned(name, tmp_path / "study")
     run_study(study)
     all_is_done(study, capsys)
 

@@ -13,13 +13,26 @@ from difflex.commands.evaluation import EvaluateCommand as EvaluateCommand
 from difflex.commands.explain import ExplainCommand as ExplainCommand
 from difflex.commands.features import CollectCommand as CollectCommand
 from difflex.commands.harvest import HarvestCommand as HarvestCommand
+from difflex.commands.measures import BlockRolesCommand as BlockRolesCommand
+from difflex.commands.measures import MeasureCommand as MeasureCommand
 from difflex.commands.study import ReportCommand as ReportCommand
 from difflex.commands.training import ItdaCommand as ItdaCommand
 from difflex.commands.training import NeuronsCommand as NeuronsCommand
 from difflex.commands.training import TrainCommand as TrainCommand
 from difflex.recipes.drawn import mini, mini_full
-from difflex.recipes.papers import flux_dev, flux_schnell, sdxl_turbo
+from difflex.recipes.papers import flux_dev, flux_schnell, mini_sdxl, sdxl_turbo
 from difflex.recipes.run import RECIPES, Recipe, RunCommand, recipe
 from difflex.study import Study as Study
 
-__all__ = ["RECIPES", "Recipe", "RunCommand", "flux_dev", "flux_schnell", "mini", "mini_full", "recipe", "sdxl_turbo"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "RunCommand",
+    "flux_dev",
+    "flux_schnell",
+    "mini",
+    "mini_full",
+    "mini_sdxl",
+    "recipe",
+    "sdxl_turbo",
+]

@@ -15,7 +15,7 @@ from difflex.commands.flags import TOKENS, GPUMemory, Pixels, PrecisionChoice, l
 from difflex.commands.study import command_words
 from difflex.errors import BadInput, UnknownName
 from difflex.recipes.drawn import mini, mini_full
-from difflex.recipes.papers import flux_dev, flux_schnell, sdxl_turbo
+from difflex.recipes.papers import flux_dev, flux_schnell, mini_sdxl, sdxl_turbo
 from difflex.study import Command, CommandRecord, Study, recipe_record, run_study
 
 Recipe = Callable[..., Study]
@@ -23,7 +23,7 @@ Recipe = Callable[..., Study]
 OPTIONS = ("model", "precision", "prompts", "pixels", "tokens", "vlm")
 """The flags of `difflex run` that are arguments of recipes."""
 RECIPES: Mapping[str, Recipe] = {
-    function.__name__: function for function in (mini, mini_full, flux_schnell, flux_dev, sdxl_turbo)
+    function.__name__: function for function in (mini, mini_full, mini_sdxl, flux_schnell, flux_dev, sdxl_turbo)
 }
 
 
@@ -53,7 +53,7 @@ class RunCommand(Command):
     """Run the commands of a recipe in order. Run again, it continues, and repeats only what a change of the recipe affects."""
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """mini, mini_full, flux_schnell, flux_dev, sdxl_turbo; or FILE.py:FUNCTION, a function from a folder to a Study."""
+    """mini, mini_full, mini_sdxl, flux_schnell, flux_dev, sdxl_turbo; or FILE.py:FUNCTION, from a folder to a Study."""
     model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint=RECIPES_OWN)] = None
     """An embedded model, a folder, or a name on the hub."""
     precision: Annotated[PrecisionChoice | None, arg(help_behavior_hint=RECIPES_OWN)] = None
