@@ -178,6 +178,7 @@ INNER_DOORS = {
     "evaluation.anatomy",
     "evaluation.concepts",
     "evaluation.concepts.results",
+    "evaluation.transfer",
     "evaluation.image_similarity",
     "explanation.backends",
     "explanation.comparison",

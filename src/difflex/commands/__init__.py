@@ -43,6 +43,9 @@ VERBS = {
     "import": VerbEntry("Train dictionaries", "import a dictionary that another tool wrote", "difflex.commands.interchange"),
     "export": VerbEntry("Train dictionaries", "write a dictionary for another tool", "difflex.commands.interchange"),
     "evaluate": VerbEntry("Evaluate them", "measure reconstruction on held-out activations", "difflex.commands.evaluation"),
+    "transfer": VerbEntry(
+        "Evaluate them", "measure dictionaries at each step, also of another model", "difflex.commands.evaluation"
+    ),
     "concepts": VerbEntry("Evaluate them", "match features with concepts known by mask", "difflex.commands.evaluation"),
     "measure": VerbEntry("Evaluate them", "measure features by their images, against random ones", "difflex.commands.measures"),
     "collect": VerbEntry(

@@ -21,7 +21,9 @@ from difflex.commands.flags import (
     ModelCommand,
     NoiseLevels,
     Pixels,
+    StudyImagesCommand,
     StudyModelCommand,
+    located,
 )
 from difflex.commands.inputs import load_study_model, narrowed, open_study, study_pixels
 from difflex.dictionary_config import read_config
@@ -91,6 +93,79 @@ class EvaluateCommand(StudyModelCommand):
                 print(f"{dictionary}: up to date")
         print(evaluation_table(results, self.measure))
         return [study.evaluation(*dictionary) for dictionary in results]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TransferCommand(StudyImagesCommand):
+    """Measure dictionaries at each step of a run, of their own model or another: explained variance, and overlap of codes."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study with dictionaries."""
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: all of the study)")] = ()
+    """Measure all dictionaries of these sites: double.18, single.9:update."""
+    dictionary: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: all of the sites)")] = ()
+    """Measure these dictionaries, written SITE/LABEL: double.18/topk-8192-k32."""
+    largest: FlagCreatePairsOff[bool] = False
+    """Of these, only the largest of each kind at each site, with the largest k."""
+    model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="(default: that of the study)")] = None
+    """Another model with the same sites: an embedded model, a folder, or a name on the hub."""
+    revision: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
+    """The revision of another model on the hub."""
+    prompts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: those held out by the harvest)")] = None
+    """A text file with one prompt per line, or `captions`: those of the drawn world."""
+    images: Annotated[int, COUNT] = 100
+    """Number of prompts, with an image each."""
+    batch: Annotated[int, BATCH] = 8
+    """Images per forward pass."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.evaluation.transfer import TransferInputs, transfer_table, update_transfer
+
+        if self.revision is not None and self.model is None:
+            raise BadInput("--revision is that of another model. Name it with --model.")
+        study = open_study(self.study, self)
+        refs = study.select_dictionaries(*narrowed(study, self.site, self.dictionary, self.largest))
+        prompts, source = self._prompts(study)
+        pipe = load_study_model(study, self) if self.model is None else self._other_model(study)
+        steps = list(pipe.shots(""))
+        run = replace(steps[0], prompt="", timestep=None, split="train")
+        shots = [replace(step, prompt=prompt, seed=seed) for seed, prompt in enumerate(prompts) for step in steps]
+        inputs = TransferInputs(run=run, prompts=source, images=len(prompts))
+        results = update_transfer(study, refs, inputs, lambda sites: pipe.harvest(shots, sites, self.batch))
+        for path, (_, up_to_date) in results.items():
+            print(f"{path}: {'up to date' if up_to_date else 'measured'}")
+        print(transfer_table(record for record, _ in results.values()))
+        return list(results)
+
+    def _prompts(self, study: Study) -> tuple[list[str], str]:
+        """Return the prompts, and what identifies them."""
+        from difflex.store import Store
+
+        if self.prompts is not None:
+            prompts = read_prompts(self.prompts, None)
+            return list(islice(prompts.texts, self.images)), prompts.source
+        for folder in study.stores().values():
+            store, texts = Store.open(folder), dict[str, None]()
+            for rows in store.batches(1024, seed=None, split="held-out"):
+                shots = [store.shot(number) for number in rows.shots.unique().tolist()]
+                texts |= dict.fromkeys(shot.prompt for shot in shots if shot.image is None)
+                if len(texts) >= self.images:
+                    break
+            return list(texts)[: self.images], f"held out of {store.source}"
+        raise BadInput(f"{study.folder} has no activations, so that there are no held-out prompts. Give some with --prompts.")
+
+    def _other_model(self, study: Study) -> "difflex.Pipeline":
+        precision = self.precision if self.precision != "auto" else study.settings.precision
+        pipe = difflex.load(
+            located(self.model or ""),
+            precision=precision or study.settings.precision,
+            revision=self.revision,
+            offload=self.offload,
+            offline=self.offline,
+        )
+        pipe.engine.set_defaults(self.pixels, self.steps, self.guidance)
+        return pipe
 
 
 @final

@@ -32,6 +32,7 @@ PARTS = {
     "dictionaries/*/*/training/log.jsonl": ("training logs", "Move it away: its dictionary is not affected."),
     "dictionaries/*/*/training/state.json": ("training states", "Move its folder away: a finished dictionary is not affected."),
     "evaluation/*/*.json": ("evaluation", "Move it away and run difflex evaluate again."),
+    "transfer/*/*/*.json": ("transfer", "Move it away and run difflex transfer again."),
     "concepts/*/*.json": ("concepts", "Move it away and run difflex concepts again."),
     "measures/*/*.json": ("measures", "Move it away and run difflex measure again."),
     "block-roles.json": ("block roles", "Move it away and run difflex block-roles again."),

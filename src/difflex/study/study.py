@@ -206,6 +206,15 @@ class Study:
         """The file with the evaluation of a dictionary."""
         return self.folder / "evaluation" / Site.parse(site).folder / f"{label}.json"
 
+    def transfer(self, site: Site | str, label: str, name: str) -> Path:
+        """The file with the results of a dictionary on the runs of a model called `name`."""
+        return self.folder / "transfer" / Site.parse(site).folder / label / f"{name}.json"
+
+    def transfers(self) -> list[Path]:
+        """Return all files with results of dictionaries on the runs of a model."""
+        places = (place for site in _children(self.folder / "transfer") for place in _children(site))
+        return [path for place in places for path in _children(place) if path.suffix == ".json"]
+
     @property
     def anatomy(self) -> Path:
         """The file with the anatomy of the model."""
