@@ -128,6 +128,14 @@ def test_a_training_that_stops_ends_with_the_same_bits(run, monkeypatch, tmp_pat
     assert first.keys() == second.keys() and all(torch.equal(x, second[name]) for name, x in first.items())
 
 
+def test_an_autoencoder_that_the_package_lacks_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "DECODER_UPDATES", 2)
+    monkeypatch.setattr(training, "draw", lambda seeds: draw(seeds[:16]))
+    monkeypatch.setattr(MiniatureSdxlConfig, "autoencoder", "mini-nothing")
+    training.train(tmp_path, ["tiny"], FlowRecipe(length=1, batch=2), CPU)
+    assert (tmp_path / "vae" / "config.json").is_file() and not (tmp_path / "judge.safetensors").exists()
+
+
 def test_miniatures_of_different_latents_are_not_trained_together(run):
     with pytest.raises(BadInput, match="tiny, mini-flux take different latents"):
         train_flow(run, ["tiny", "mini-flux"], SHORT, CPU)

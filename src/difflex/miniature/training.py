@@ -59,15 +59,21 @@ class TrainingFolder:
 
     def load_autoencoder(self, config: MiniatureConfig) -> AutoencoderKL:
         """Return the autoencoder of the run, by default that of the package."""
-        embedded = Path(str(resources.files("difflex"))) / "models" / config.autoencoder / "vae"
-        return AutoencoderKL.from_pretrained(self.autoencoder if self.autoencoder.exists() else embedded)
+        return AutoencoderKL.from_pretrained(self.autoencoder if self.autoencoder.exists() else _embedded_autoencoder(config))
+
+
+def _embedded_autoencoder(config: MiniatureConfig) -> Path:
+    return Path(str(resources.files("difflex"))) / "models" / config.autoencoder / "vae"
 
 
 def train(
     folder: Path, sizes: list[str], recipe: FlowRecipe, device: torch.device, workers: int = 0, from_scratch: bool = False
 ) -> None:
-    """Train `sizes`, or go on with it; `from_scratch` trains the judge and the autoencoder first, on the CPU."""
-    run = TrainingFolder(folder)
+    """Train `sizes`, or go on with it; `from_scratch` trains the judge and the autoencoder first, on the CPU.
+
+    An autoencoder that the package lacks is trained in any case.
+    """
+    run, config = TrainingFolder(folder), _common_config(sizes)
     with folder_lock(folder):
         if from_scratch and run.flow.exists() and not run.autoencoder.exists():
             raise StaleWork(f"{run.flow} was trained with the autoencoder of the package. {RESTART}")
@@ -76,8 +82,8 @@ def train(
             for _ in _progress(training_losses(judge, JUDGE_UPDATES), "judge", JUDGE_UPDATES):
                 pass
             save_judge(judge, run.judge)
-        if from_scratch and not run.autoencoder.exists():
-            _train_autoencoder(run, _common_config(sizes))
+        if not run.autoencoder.exists() and (from_scratch or not _embedded_autoencoder(config).exists()):
+            _train_autoencoder(run, config)
         train_flow(run, sizes, recipe, device, workers)
 
 
