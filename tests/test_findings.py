@@ -391,8 +391,9 @@ def test_concepts_are_spread_over_their_group_and_other_groups_are_refused():
     assert len(concepts_of("colour", 10)) == len(set(concepts_of("colour", 10))) == 10
     with pytest.raises(BadInput, match="no experiment with the group 'row'"):
         concepts_of("row", 1)
-    with pytest.raises(BadInput, match="has 4 concepts"):
-        concepts_of("style", 5)
+    assert concepts_of("style", 5) == list(STYLES)
+    with pytest.raises(BadInput, match="leave nothing to try"):
+        concepts_of("style", 0)
 
 
 def test_the_command_makes_missing_findings_and_keeps_current_ones(

@@ -193,7 +193,7 @@ class FindingsCommand(StudyImagesCommand):
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "style")
     """Groups of concepts."""
     concepts_per_group: Annotated[int, TRIALS] = 2
-    """Number of concepts of each group."""
+    """Number of concepts of each group, or all of a smaller group."""
     trials: Annotated[int, TRIALS] = 8
     """Images for each concept and condition."""
     pairs: Annotated[tuple[int, ...], numbers(10_000)] = (1, 2, 5, 10, 20, 40, 80, 160)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 from torch import Tensor
@@ -79,40 +81,45 @@ def _similar(editor: StudyEditor, place: DictionaryRef, direction: Tensor) -> Si
 def plan_edits(
     tuning: JudgedTask, sited: Sequence[SitedFeature], features: Callable[[Edit], EditFeatures], steps: int, edit: Edit
 ) -> EditPlan:
-    """Return the edits whose least sufficient dose has the largest effect on the images of `tuning`.
+    """Return the edits whose least sufficient dose has the largest effect on the images of `tuning`; `edit` is what they share.
 
-    First sites and operation are chosen (the first site or all; adding, or setting codes so that tokens move only as far as the
-    concept is missing), then the steps: all, or the first so many. `edit` holds what they have in common.
+    Plans are tried in order until one suffices: the first site, then all; each by adding, then by setting codes, so that tokens
+    move only as far as the concept is missing; at all steps and, with all sites, at the first and at the first half as well.
     """
-    plans = [_dosed(tuning, name, edits, features) for name, edits in _placements(sited, edit)]
-    best = max(plans, key=_effect)
-    if edit.steps is None:
-        ends = sorted({end for end in (1, steps // 2) if 0 < end < steps})
-        early = [
-            _dosed(tuning, f"{best.name}, steps 0:{end}", [replace(item, steps=(0, end)) for item in best.edits], features)
-            for end in ends
-        ]
-        best = max([best, *early], key=_effect)
+    best: EditPlan | None = None
+    for name, edits in _placements(sited, steps, edit):
+        dosed = find_dose(partial(tuning.point, SteeringMethod.of_edits(name, edits, features, ())))
+        plan = EditPlan(name, tuple(edits), dosed)
+        best = plan if best is None or _effect(plan) > _effect(best) else best
+        if _is_intact(dosed) and dosed.success >= TARGET:
+            break
+    assert best is not None
     return best
 
 
-def _placements(sited: Sequence[SitedFeature], edit: Edit) -> Iterator[tuple[str, list[Edit]]]:
-    """Yield edits at a dose of 1 with their name."""
+def _placements(sited: Sequence[SitedFeature], steps: int, edit: Edit) -> Iterator[tuple[str, list[Edit]]]:
+    """Yield the edits of each plan, at a dose of 1, with its name."""
+    ends = sorted({end for end in (1, steps // 2) if 0 < end < steps}) if edit.steps is None else []
+    operations = ("add", "set") if edit.unit not in ("norm", "current-norm") else ("add",)
     for count in dict.fromkeys((1, len(sited))):
         where = str(sited[0].place.site) if count == 1 else f"{count} sites"
-        for operation in ("add", "set") if edit.unit not in ("norm", "current-norm") else ("add",):
+        early = [(f", steps 0:{end}", (0, end)) for end in ends] if count == len(sited) else []
+        for (when, period), operation in product([("", edit.steps), *early], operations):
             yield (
-                f"{operation} at {where}",
+                f"{operation} at {where}{when}",
                 [
-                    replace(edit, operation=operation, site=place.site, dictionary=place.label, features=(feature,), strength=1.0)
+                    replace(
+                        edit,
+                        operation=operation,
+                        site=place.site,
+                        dictionary=place.label,
+                        features=(feature,),
+                        strength=1.0,
+                        steps=period,
+                    )
                     for place, feature, _ in sited[:count]
                 ],
             )
-
-
-def _dosed(tuning: JudgedTask, name: str, edits: Sequence[Edit], features: Callable[[Edit], EditFeatures]) -> EditPlan:
-    method = SteeringMethod.of_edits(name, edits, features, ())
-    return EditPlan(name, tuple(edits), find_dose(lambda dose: tuning.point(method, dose)))
 
 
 def _effect(plan: EditPlan) -> tuple[bool, float, float]:

@@ -35,12 +35,13 @@ Verdict = Literal["holds here", "does not hold here", "cannot be said"]
 
 
 def concepts_of(group: str, count: int) -> list[str]:
-    """Return `count` concepts of a group, evenly spread over it."""
+    """Return `count` concepts of a group, evenly spread over it; all, if it has no more."""
     if group not in CAPTION_GROUPS:
         raise BadInput(f"There is no experiment with the group '{group}'. Name one of {', '.join(CAPTION_GROUPS)}.")
     names = CONCEPTS[group]
-    if not 0 < count <= len(names):
-        raise BadInput(f"The group {group} has {len(names)} concepts, not {count}. Ask for 1 to {len(names)}.")
+    if count < 1:
+        raise BadInput(f"{count} concepts of the group {group} leave nothing to try. Ask for 1 or more.")
+    count = min(count, len(names))
     return [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
 
 

@@ -49,8 +49,8 @@ from difflex.study import DictionaryRef, Study
 from difflex.tables import text_table
 from difflex.values import check_fields
 
-PLANNED = 31
-"""Images for each prompt that a plan is chosen on, at most: unedited, and at five doses of six plans."""
+PLANNED = 41
+"""Images for each prompt that a plan is chosen on, at most: unedited, and at five doses of eight plans."""
 
 
 @final
