@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from difflex.activation_files import export_activations
+from difflex.choices import StoredDtype
 from difflex.control_vectors import read_vectors, write_vectors
 from difflex.interchange import write_dictionary
 from difflex.records import Site
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.peers
 
 def run_peers(verb: str, folder: Path, script: str = "interchange.py") -> None:
     """Let the tools write files to `folder`, or read those in it."""
-    subprocess.run([PEERS, SCRIPTS / script, verb, folder], check=True, capture_output=True, timeout=600)
+    run = subprocess.run([PEERS, SCRIPTS / script, verb, folder], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +107,9 @@ def by_layer(path: Path) -> dict[int, Tensor]:
     return {int(name): direction for name, direction in load_file(path).items()}
 
 
-def test_datasets_reads_exported_activations(tmp_path: Path):
-    config = RecordingConfig(batch=4, shard_bytes=4000, progress=False)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_datasets_reads_exported_activations(dtype: StoredDtype, tmp_path: Path):
+    config = RecordingConfig(dtype=dtype, batch=4, shard_bytes=4000, progress=False)
     [store] = record(tmp_path / "store", fake_shots(30, steps=2), [SITES[0]], FakeHarvest(), config)
     export_activations(store, "parquet", tmp_path / "files", progress=False)
     run_peers("read", tmp_path / "files", "activations.py")

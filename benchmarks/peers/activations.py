@@ -15,6 +15,6 @@ from safetensors.torch import save_file
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
     with tempfile.TemporaryDirectory() as cache:
-        rows = load_dataset("parquet", data_dir=str(folder), split="train", cache_dir=cache)
-        save_file({"values": torch.as_tensor(rows.with_format("torch")["values"][:])}, folder / "values.read")
+        rows = load_dataset(str(folder), split="train", cache_dir=cache)
+        save_file({"values": torch.as_tensor(rows.with_format("torch")["values"][:]).float()}, folder / "values.read")
         (folder / "prompts.read").write_text(json.dumps(rows["prompt"][:]))
