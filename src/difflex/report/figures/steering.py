@@ -28,8 +28,10 @@ BASELINES = {
     "contrast": Series("contrast", "contrast of captions", SeriesStyle(3, "triangle", "9 3 2 3")),
     "random": kind_series("random"),
     "prompt": Series("prompt", "edited caption", SeriesStyle(8, "wedge"), line=False),
+    "automatic": Series("automatic", "sites and dose chosen", SeriesStyle(5, "ring"), line=False),
+    "effect-aware": Series("effect-aware", "strengths by gradients", SeriesStyle(7, "diamond"), line=False),
 }
-"""The methods that features are compared with."""
+"""The methods that a feature at one site is compared with; those without a line have a strength of their own for each concept."""
 METHODS = {"feature": "features"} | {method: series.name for method, series in BASELINES.items()}
 BAR = Series("bar", "the bar", SeriesStyle(8, "none", "2 4"))
 
@@ -144,7 +146,8 @@ def _lead(results: Sequence[SteeringFacts]) -> str:
         f"A feature that stands for a concept, as {reason}, is added where the concept is to appear, in images whose captions "
         f"name another one of its group; {grouped(judges) or WORLD_JUDGE} says whether it does, and what else of the captions is "
         "still right. It is compared with the neuron that detects the concept best, if that is known, a contrast of captions, a "
-        "random direction of equal length, and an edited caption."
+        "random direction of equal length, and an edited caption; and, if they were asked for, with features of all sites at a "
+        "dose that was chosen on other captions, and with strengths that gradients of the judge chose."
     )
 
 
@@ -198,7 +201,7 @@ def _panel(measure: SteeringMeasure, title: str, lines: Sequence[MethodCurves]) 
             value = f"{measure.name} {write(middle)} ({write(low)} to {write(high)})"
             tip = f"{METHODS[line.method]}\nstrength {strength:g}\n{value}\n{count(concepts, 'concept')}"
             points.append(PlotPoint(strength, middle, tip))
-        curves.append(PlotCurve(line.series, points, line=len(points) > 1))
+        curves.append(PlotCurve(line.series, points, line=line.series.line and len(points) > 1))
     strengths = [point.x for curve in curves for point in curve.points if point.x is not None]
     if measure.bar is not None and strengths:
         ends = (min(strengths), max(strengths))
