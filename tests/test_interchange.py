@@ -78,6 +78,8 @@ def test_the_statistics_of_codes_and_excluded_features_stay_with_the_dictionary(
     assert statistics is not None and torch.equal(statistics.mean, mean) and statistics.std is None
     assert read_config(folder).excluded == {0, 7}
     assert main([*words, "7"]) == 2 and "imported with another --exclude" in capsys.readouterr().err
+    (folder / "code_statistics.safetensors").write_bytes((folder / "code_statistics.safetensors").read_bytes()[:-1])
+    assert main(["verify", str(out)]) == 2 and "Delete it, and import the dictionary again" in capsys.readouterr().out
     (folder / "code_statistics.safetensors").unlink()
     assert main([*words, "0,7"]) == 0 and CodeStatistics.load(folder) is not None
     torch.save(mean[1:], files / "mean.pt")
