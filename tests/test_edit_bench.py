@@ -30,7 +30,15 @@ from difflex.effects.edit_bench.items import (
     required_masks,
 )
 from difflex.effects.edit_bench.places import transfer_places
-from difflex.effects.edit_bench.results import REFERENCES, EditBenchConfig, EditBenchResults, EditedItem, ImageScorer, with_score
+from difflex.effects.edit_bench.results import (
+    REFERENCES,
+    EditArm,
+    EditBenchConfig,
+    EditBenchResults,
+    EditedItem,
+    ImageScorer,
+    with_score,
+)
 from difflex.effects.edit_bench.transfer import (
     CodedTokens,
     ItemTransfer,
@@ -307,11 +315,16 @@ def test_places_are_each_site_alone_and_all_together(tmp_path: Path):
     ]
     config = EditBenchConfig(sites=("single.0:neurons", "double.2"), methods=("features", "neurons", "activations"))
     assert [place.name for place in transfer_places(study, config)] == ["double.2/topk-24-k4", "single.0:neurons", "double.2"]
+    config = EditBenchConfig(sites=("single.0:neurons,single.1:neurons", "double.2,single.0"), methods=("neurons", "contrast"))
+    assert [place.name for place in transfer_places(study, config)] == [*config.sites]
+    config = EditBenchConfig(dictionaries=("double.1", "double.1"), methods=("features",), features=(4, 4), strengths=(1.0, 1.0))
+    [place] = transfer_places(study, config)
+    assert place.arms(config) == [EditArm("features", "double.1/topk-24-k4", 4, 1.0)]
 
 
 SITES = {
-    "flux": ("double.1", "double.1:text", "single.1:neurons"),
-    "sdxl": ("up.0.0:update", "mid.0:update", "up.0.0.0:neurons"),
+    "flux": ("double.1,double.1:text", "double.1:neurons,single.1:neurons"),
+    "sdxl": ("up.0.0:update,mid.0:update", "up.0.0.0:neurons"),
     "sd3": ("joint.0", "joint.1:update"),
 }
 
@@ -337,8 +350,7 @@ def test_the_benchmark_runs_on_any_family_with_items_of_a_file(family: str, tmp_
     assert "4 items" in capsys.readouterr().out
     results = EditBenchResults.load(folder.with_suffix(".json"))
     assert results.types == ["object", "delete", "background", "style"] and not results.is_judged
-    together = ",".join(SITES[family][:2])
-    assert {arm.place for arm in results.best_arms()} == {"", *SITES[family], together}
+    assert {arm.place for arm in results.best_arms()} == {"", *SITES[family]}
     assert results.value("object", REFERENCES[0], "toward") == 0.0 and results.value("object", REFERENCES[1], "toward") == 1.0
     assert main([*command, "--masks", str(tmp_path)]) == 0
     assert "4 items, as before" in capsys.readouterr().out

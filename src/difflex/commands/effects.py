@@ -241,7 +241,7 @@ class EditBenchCommand(StudyImagesCommand):
     ] = ()
     """SITE/LABEL, or the site alone if it has one dictionary; several joined by commas are edited together."""
     site: Annotated[tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: those of the dictionaries)")] = ()
-    """Sites of activations, contrasts and neurons."""
+    """Sites of activations, contrasts and neurons; several joined by commas are edited together."""
     method: Annotated[tuple[TransferMethod, ...], arg(metavar="METHOD...")] = ("features", "neurons", "activations", "contrast")
     """What is transferred."""
     type: Annotated[tuple[EditTypeName, ...], arg(metavar="TYPE...", help_behavior_hint="(default: all nine)")] = ()

@@ -31,26 +31,27 @@ class TransferPlace(NamedTuple):
     def counts(self, config: EditBenchConfig) -> tuple[int | None, ...]:
         """Return how many parts are transferred, in turn."""
         counts: dict[Method, tuple[int | None, ...]] = {"features": config.features, "neurons": config.neurons}
-        return counts.get(self.method, (None,))
+        return tuple(dict.fromkeys(counts.get(self.method, (None,))))
 
     def arms(self, config: EditBenchConfig) -> list[EditArm]:
         """Return the arms at this place."""
         settings = [(count, strength) for count in self.counts(config) for strength in config.strengths]
-        return [EditArm(self.method, self.name, count, float(strength)) for count, strength in settings]
+        return [EditArm(self.method, self.name, count, float(strength)) for count, strength in dict.fromkeys(settings)]
 
 
 def transfer_places(study: Study, config: EditBenchConfig) -> list[TransferPlace]:
     """Return the places of all methods: the named dictionaries and sites, by default those of the study."""
     sets = _dictionary_sets(study, config)
-    named = [Site.parse(site) for site in config.sites]
-    of_neurons = [site for site in named if site.kind == "neurons"]
+    named = [tuple(Site.parse(part) for part in name.split(",")) for name in config.sites]
+    of_neurons = [sites for sites in named if all(site.kind == "neurons" for site in sites)]
+    whole = [sites for sites in named if sites not in of_neurons]
     if not named:
-        of_neurons = [ref.site for ref in study.dictionaries() if ref.site.kind == "neurons"]
-    whole = _alone_and_together([site for site in named if site.kind != "neurons"])
-    whole = whole or [tuple(ref.site for ref in refs) for refs in sets]
+        of_neurons = [(site,) for site in dict.fromkeys(ref.site for ref in study.dictionaries()) if site.kind == "neurons"]
+    if not whole:
+        whole = [tuple(ref.site for ref in refs) for refs in sets]
     places = {
-        "features": [TransferPlace("features", tuple(ref.site for ref in refs), refs) for refs in sets],
-        "neurons": [TransferPlace("neurons", (site,)) for site in dict.fromkeys(of_neurons)],
+        "features": [TransferPlace("features", tuple(ref.site for ref in refs), refs) for refs in dict.fromkeys(sets)],
+        "neurons": [TransferPlace("neurons", sites) for sites in dict.fromkeys(of_neurons)],
         "activations": [TransferPlace("activations", sites) for sites in dict.fromkeys(whole)],
         "contrast": [TransferPlace("contrast", sites) for sites in dict.fromkeys(whole)],
     }
@@ -68,7 +69,8 @@ def _dictionary_sets(study: Study, config: EditBenchConfig) -> list[tuple[Dictio
         return [tuple(study.find_dictionary(part) for part in name.split(",")) for name in config.dictionaries]
     known = study.dictionaries()
     sites = [str(ref.site) for ref in known if ref.site.kind != "neurons" and not ref.site.smooth]
-    sites = [site for site in dict.fromkeys(sites) if not config.sites or site in config.sites]
+    named = [str(Site.parse(part)) for name in config.sites for part in name.split(",")]
+    sites = [site for site in dict.fromkeys(sites) if not named or site in named]
     by_kind: dict[str, list[DictionaryRef]] = {}
     for ref in study.select_largest(sites, ()) if sites else ():
         by_kind.setdefault(ref.label.partition("-")[0], []).append(ref)

@@ -40,7 +40,7 @@ class EditBenchConfig:
     Empty for the largest of each kind at each site, each alone and those of a kind together.
     """
     sites: tuple[str, ...] = ()
-    """Sites of activations, contrasts and neurons; each alone and all together; empty for those of the dictionaries."""
+    """Sites of activations, contrasts and neurons, or several joined by commas; empty for those of the dictionaries."""
     methods: tuple[Method, ...] = METHODS
     features: tuple[int, ...] = (16, 64)
     """Features that are added, and that are removed."""

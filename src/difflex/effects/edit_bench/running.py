@@ -294,21 +294,24 @@ class _EditSession:
         """Yield the images of each arm, the references first."""
         yield from zip(REFERENCES, (batch.sources, batch.targets), strict=True)
         for place in self._run.places:
-            by_count = self._deltas(place, batch)
-            for arm in place.arms(self._run.config):
-                deltas = by_count[arm.features]
-                hooks = transfer_hooks(dict(zip(batch.keys, deltas, strict=True)), arm.strength)
-                runs = _Runs(self._model, place.sites, batch.keys, hooks, every_step=False)
-                yield arm, runs.pixels(batch.keys)
+            for count, deltas in self._deltas(place, batch):
+                by_run = dict(zip(batch.keys, deltas, strict=True))
+                for arm in (arm for arm in place.arms(self._run.config) if arm.features == count):
+                    hooks = transfer_hooks(by_run, arm.strength)
+                    yield arm, _Runs(self._model, place.sites, batch.keys, hooks, every_step=False).pixels(batch.keys)
 
-    def _deltas(self, place: TransferPlace, batch: _PreparedBatch) -> dict[int | None, list[dict[Site, Deltas]]]:
-        """Return what is added for each item, by how many parts are transferred."""
+    def _deltas(
+        self, place: TransferPlace, batch: _PreparedBatch
+    ) -> Iterator[tuple[int | None, Sequence[Mapping[Site, Deltas]]]]:
+        """Yield what is added for each item, by how many parts are transferred."""
         if place.method == "contrast":
             pairs = zip(batch.transfers, batch.directions, strict=True)
-            return {None: [transfer.contrast_deltas(place.sites, directions) for transfer, directions in pairs]}
+            yield None, [transfer.contrast_deltas(place.sites, directions) for transfer, directions in pairs]
+            return
         counts, encoders = place.counts(self._run.config), self._encoders(place)
         by_item = [transfer.deltas(encoders, counts) for transfer in batch.transfers]
-        return {count: [own[number] for own in by_item] for number, count in enumerate(counts)}
+        for count in counts:
+            yield count, [next(deltas) for deltas in by_item]
 
     def _encoders(self, place: TransferPlace) -> dict[Site, Encode]:
         if place.method == "features":

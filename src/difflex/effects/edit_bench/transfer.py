@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, final
 
@@ -161,20 +161,18 @@ class ItemTransfer:
     source: RecordedRun
     target: RecordedRun
 
-    def deltas(self, encoders: Mapping[Site, Encode], counts: Sequence[int | None]) -> list[dict[Site, Deltas]]:
-        """Return for each of `counts` what to add to the activations of each site: so many parts of the highest scores less as
+    def deltas(self, encoders: Mapping[Site, Encode], counts: Sequence[int | None]) -> Iterator[dict[Site, Deltas]]:
+        """Yield for each of `counts` what to add to the activations of each site: so many parts of the highest scores less as
         many of the lowest, or with None all parts.
         """
         encoded = {site: self._encoded(site, encode) for site, encode in encoders.items()}
         first = [next(iter(steps.values())) for steps in encoded.values()]
         scores = [part_scores(donor.means(), edited.means()) for donor, edited in first]
-        return [
-            {
+        for count in counts:
+            yield {
                 site: {timestep: self._delta(site, *pair, parts) for timestep, pair in steps.items()}
                 for (site, steps), parts in zip(encoded.items(), choose_parts(scores, count), strict=True)
             }
-            for count in counts
-        ]
 
     def _encoded(self, site: Site, encode: Encode) -> dict[float, tuple[EncodedTokens, EncodedTokens]]:
         """Return the tokens that are read, by timestep: those of the donor and the edited ones."""
