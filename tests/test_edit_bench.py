@@ -354,6 +354,7 @@ def test_the_benchmark_runs_on_any_family_with_items_of_a_file(family: str, tmp_
     assert results.value("object", REFERENCES[0], "toward") == 0.0 and results.value("object", REFERENCES[1], "toward") == 1.0
     assert main([*command, "--masks", str(tmp_path)]) == 0
     assert "4 items, as before" in capsys.readouterr().out
+    assert results.all_arms[:2] == [*REFERENCES] and len(results.all_arms) > 4
 
 
 def test_images_are_scored_by_pixels_clip_and_lpips(tmp_path: Path):

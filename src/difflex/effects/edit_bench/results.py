@@ -135,6 +135,11 @@ class EditBenchResults(JsonRecord):
         return list(dict.fromkeys(cell.type for cell in self.cells if cell.type != ALL))
 
     @property
+    def all_arms(self) -> list[EditArm]:
+        """All arms, the references first."""
+        return [cell.arm for cell in self.cells if cell.type == ALL]
+
+    @property
     def is_judged(self) -> bool:
         """Whether a judge said if edits succeed."""
         return any("success" in cell.measures for cell in self.cells)
@@ -145,8 +150,7 @@ class EditBenchResults(JsonRecord):
 
     def arms(self, method: str, place: str) -> list[EditArm]:
         """Return the arms of a method at a place."""
-        arms = [cell.arm for cell in self.cells if cell.type == ALL]
-        return [arm for arm in arms if (arm.method, arm.place) == (method, place)]
+        return [arm for arm in self.all_arms if (arm.method, arm.place) == (method, place)]
 
     def best_arms(self) -> list[EditArm]:
         """Return the references, and for each method and place the arm with the highest mean score over all items."""

@@ -91,10 +91,10 @@ def run_edit_benchmark(
     provenance = Provenance.of(study, used, config.clip or "", {**world.files, **files})
     path, items = study.edit_bench(world.name), _first_of_each_type(world.items, config)
     stored = EditBenchResults.load(path) if path.is_file() else None
-    if stored is not None and (stored.config, stored.provenance) == (config, provenance):
+    run = _EditBenchRun(editor, places, config, world, path.with_suffix(""), _key(config, provenance, places))
+    if stored is not None and (stored.config, stored.provenance, stored.all_arms) == (config, provenance, run.arms):
         return EditBenchOutcome(path, stored, True)
-    with folder_lock(path.with_suffix("")):
-        run = _EditBenchRun(editor, places, config, world, path.with_suffix(""), _key(config, provenance))
+    with folder_lock(run.folder):
         edited = run.edit(items, model, scorer, log)
         results = EditBenchResults(
             model=study.model,
@@ -115,10 +115,11 @@ def _first_of_each_type(items: Sequence[EditItem], config: EditBenchConfig) -> l
     return own
 
 
-def _key(config: EditBenchConfig, provenance: Provenance) -> str:
+def _key(config: EditBenchConfig, provenance: Provenance, places: Sequence[TransferPlace]) -> str:
     """Return a checksum of all that the scores of an item depend on, besides the item: not of which items there are."""
     same = replace(config, types=EDIT_TYPES, count=1)
-    return hashlib.sha256(json.dumps([asdict(same), asdict(provenance)], sort_keys=True).encode()).hexdigest()
+    names = [(place.method, place.name) for place in places]
+    return hashlib.sha256(json.dumps([asdict(same), asdict(provenance), names], sort_keys=True).encode()).hexdigest()
 
 
 @final
