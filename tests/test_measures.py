@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from sample_study import new_study, write_matches
+from sample_study import CONCEPTS, new_study, write_matches
 from torch import Tensor
 from torch.nn import functional as F
 
+import difflex
 from difflex.cli import main
+from difflex.commands.effects import model_functions
 from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, SAEWeights, fingerprint
 from difflex.effects import ModelFunctions
+from difflex.effects.drawn_world import caption_pairs, caption_region
 from difflex.effects.inputs import to_images
 from difflex.errors import BadInput, UnknownName
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
@@ -28,6 +31,7 @@ from difflex.miniature import draw
 from difflex.records import HookContext, Rectangle, Shot, Site
 from difflex.steering import SteeringHook
 from difflex.steering.features import FeatureScales
+from difflex.store import Store
 from difflex.study import Study
 from difflex.testing import tiny_clip, tiny_folder
 
@@ -287,3 +291,34 @@ def test_features_of_an_update_of_sdxl_are_measured_by_a_clip(tmp_path: Path, ca
     assert main(["measure", str(study), *flags]) == 0
     assert "2 features, as before" in capsys.readouterr().out
     assert main(["measure", str(study), "--dictionary", "down.2.1", "up.0.0", "--images", "3", "1"]) == 2
+
+
+@pytest.mark.slow
+def test_a_feature_of_mini_flux_that_is_planted_to_be_red_is_specific_changes_colour_and_draws_red_alone(tmp_path: Path):
+    folder, site = tmp_path / "study", Site("double.2")
+    words = ["harvest", "mini-flux", "--prompts", "captions", "--tokens", "6400", "--site", str(site), "--out", str(folder)]
+    assert main(words) == 0
+    study = Study.open(folder)
+    pipe = difflex.load("mini-flux")
+    pairs = caption_pairs("red", 24)
+    [contrast] = model_functions(pipe).contrasts(site, pairs, region=lambda shot: caption_region(shot.prompt, "colour"))
+    red = F.normalize(contrast.direction, dim=0)
+    values = next(iter(Store.open(study.stores()[site]).batches(2000, seed=0))).values.float()
+    noise = torch.randn(1, len(values), generator=torch.Generator().manual_seed(0)) @ (values - values.mean(0))
+    rows = torch.cat([red[None], F.normalize(noise, dim=1)])
+    bias = -torch.quantile(values @ rows.T, 0.95, dim=0)  # each fires at one token of twenty
+    weights = SAEWeights(encoder=rows, decoder=rows, bias=torch.zeros(len(red)), encoder_bias=bias)
+    origin = DictionaryOrigin(site=site, model="mini-flux", revision=None)
+    planted = SAE(kind="topk", k=2, origin=origin, normalisation=Normalisation.identity(len(red)), weights=weights)
+    place = f"{site}/{planted.label}"
+    planted.save(study.dictionary(site, planted.label))
+    assert main(["collect", str(folder), "--drawn-world", "--images", "300", "--noise", "0.5"]) == 0
+    write_matches(study, place, (0.9, 0.1), concepts=CONCEPTS[:2], per_concept=1)
+    assert main(["measure", str(folder), "0", "1"]) == 0
+    record = FeatureMeasures.load(study.measures(site, planted.label))
+    red_one, random_one = ({name: of(record, name, feature) for name in record.values} for feature in (0, 1))
+    assert red_one["known-specificity"].value > 0.8 > 0.4 > random_one["known-specificity"].value
+    assert red_one["sensitivity"].value > red_one["sensitivity"].baseline
+    assert red_one["known-causality"].value > 0.5 > red_one["known-causality"].baseline
+    assert red_one["colour"].value > 1.5 * max(red_one["colour"].baseline, random_one["colour"].value)
+    assert red_one["texture"].value < 0.1

@@ -90,7 +90,7 @@ class MeasureCommand(StudyImagesCommand):
             if len(names) > 1:
                 raise BadInput(f"Features are of one dictionary, but {len(names)} are named. Name one with --dictionary.")
             place, features = named_features(study, self.features, names[0] if names else None)
-            names = (str(place),)
+            names, features = (str(place),), tuple(dict.fromkeys(features))
         config = MeasureConfig(
             features=features,
             sample=self.sample,
