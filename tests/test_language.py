@@ -10,10 +10,12 @@ from torch import Tensor
 
 import difflex
 from difflex import LanguageModel
+from difflex.cli import main
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.records import Edit, HookContext, Rectangle, Shot, Site
 from difflex.steering import steering_hooks
 from difflex.steering.contrast import contrast_features
+from difflex.study import Study
 from difflex.testing import LANGUAGE, tiny_folder, tiny_language_folder
 
 TEXTS = ["a red star on sand", "blue", "two small rings", "a"]
@@ -153,6 +155,9 @@ def test_losses_and_answer_scores_are_those_of_a_pass_without_padding(any_model:
         output = any_model.transformers(input_ids=ids, labels=ids)
         torch.testing.assert_close(loss, output.loss, rtol=1e-4, atol=1e-5)
     scores = any_model.answer_scores(TEXTS[:2], ["yes", "n"])
+    torch.testing.assert_close(
+        any_model.answer_scores(TEXTS[:2], [["yes", "n"], ["n", "yes"]]), torch.stack([scores[0], scores[1].flip(0)])
+    )
     before = any_model.losses(TEXTS[:1])[0] * (len(any_model.engine.encode(TEXTS[0])) - 1)
     after = any_model.losses([TEXTS[0] + "yes"])[0] * (len(any_model.engine.encode(TEXTS[0])) + 2)
     torch.testing.assert_close(scores[0, 0], before - after, rtol=1e-4, atol=1e-4)
@@ -247,3 +252,19 @@ def test_a_shot_of_text_is_stored_with_its_temperature(llama: LanguageModel):
     [written] = llama.generate("a", tokens=2, temperature=0.5)
     entries = written.shot.as_json()
     assert entries["temperature"] == 0.5 and "temperature" not in Shot(model="m", pixels=(8, 8), steps=1, guidance=0.0).as_json()
+
+
+def test_commands_store_and_train_on_its_activations(llama: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert not main(["sites", llama.name, "--pattern", "layer.1"])
+    assert "model.layers.1" in capsys.readouterr().out
+    texts, study = tmp_path / "texts.txt", tmp_path / "study"
+    texts.write_text("".join(f"{number} {text}\n" for number in range(40) for text in TEXTS))
+    harvest = ["harvest", llama.name, "--site", "layer.1", "layer.2:update", "--prompts", str(texts), "--out", str(study)]
+    assert not main([*harvest, "--text-length", "16", "--dtype", "int8"])
+    main(["train", str(study), "--site", "layer.1", "--size", "32", "--k", "4", "--tokens", "2000", "--batch", "256"])
+    assert [ref.site.path for ref in Study.open(study).dictionaries()] == ["layer.1"]
+    main(["evaluate", str(study), "--effect-shots", "0"])
+    for flags in (["--steps", "2"], ["--shuffle", "1"]):
+        assert main([*harvest, *flags]) == 2 and "language model" in capsys.readouterr().err
+    for verb in (["generate", llama.name, "a"], ["collect", str(study)]):
+        assert main(verb) == 2 and "is a language model" in capsys.readouterr().err

@@ -1,9 +1,10 @@
 """`difflex harvest`: store the activations of a model in a study."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, final
+from typing import TYPE_CHECKING, Annotated, final
 
 from tyro.conf import arg
 
@@ -12,6 +13,9 @@ from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, TOKENS, Bytes, Ke
 from difflex.errors import BadInput
 from difflex.images import check_output
 from difflex.study import Study, StudySettings
+
+if TYPE_CHECKING:
+    from difflex.store import RecordingConfig, Store
 
 __all__ = ["HarvestCommand"]
 
@@ -58,6 +62,7 @@ class HarvestCommand(ModelCommand):
         from difflex.devices import use_gpu_of_rank
         from difflex.distributed import Ranks
         from difflex.explore.inputs import CAPTIONS, harvest_settings, read_prompts, study_shots
+        from difflex.pipeline.language import is_language_model
         from difflex.store import RecordingConfig, record
 
         check_output(self.out / "study.json")
@@ -78,6 +83,8 @@ class HarvestCommand(ModelCommand):
             progress=ranks.rank == 0,
         )
         config.check_folder(Study(folder=self.out, model="").activations, self.site)  # before minutes of loading
+        if is_language_model(self.model, self.revision, self.offline):
+            return self._harvest_texts(config)
         pipe = self.load(self.out)
         study, settings = Study.open_or_plan(self.out, pipe.name, pipe.revision), harvest_settings(pipe, self._wishes())
         sites, begun = pipe.expand(self.site), study.stores()
@@ -85,11 +92,28 @@ class HarvestCommand(ModelCommand):
         self._print_added(source)
         harvest, config = partial(pipe.harvest, progress=False), replace(config, source=source)
         begin = partial(study.keep_settings, settings)
-        stores = record(study.activations, shots, sites, harvest, config, before_writing=begin)
-        for store in stores:
-            state = "complete" if store.complete else "the share of this process is done"
-            print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
-        return [store.folder for store in stores]
+        return _print_stores(record(study.activations, shots, sites, harvest, config, before_writing=begin))
+
+    def _harvest_texts(self, config: "RecordingConfig") -> list[Path]:
+        """Store the activations of a language model, whose prompts are texts."""
+        import difflex
+        from difflex.store import Store
+
+        given = {"steps": self.steps, "keep_steps": self.keep_steps, "pixels": self.pixels, "guidance": self.guidance}
+        if image_only := [name for name, value in given.items() if value is not None]:
+            flag = f"--{image_only[0].replace('_', '-')}"
+            raise BadInput(f"{flag} is for image models, and '{self.model}' is a language model. Leave it out.")
+        if self.shuffle is not None or self.offload or self.precision == "auto":
+            raise BadInput("--shuffle, --offload and --precision auto are for image models. Leave them out for a language model.")
+        model = difflex.load_language_model(
+            self.model, self.precision, revision=self.revision, untrained=self.untrained, offline=self.offline
+        )
+        length = {} if self.text_length is None else {"text_length": self.text_length}
+        sites = model.expand(self.site)
+        study = model.record_texts(
+            self.prompts, sites, self.out, config=config, column=self.prompts_column, revision=self.prompts_revision, **length
+        )
+        return _print_stores([Store.open(study.stores()[site]) for site in sites])
 
     def _print_added(self, source: str) -> None:
         """Print which seeds are added to those in the `source` of a harvest that was begun."""
@@ -112,3 +136,11 @@ class HarvestCommand(ModelCommand):
             seeds=(self.seeds.start, self.seeds.stop),
             keep_steps=None if kept is None else (kept.start, kept.stop, *((kept.step,) if kept.step > 1 else ())),
         )
+
+
+def _print_stores(stores: "Sequence[Store]") -> list[Path]:
+    """Print what is stored, and return the folders."""
+    for store in stores:
+        state = "complete" if store.complete else "the share of this process is done"
+        print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
+    return [store.folder for store in stores]

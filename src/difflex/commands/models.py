@@ -97,7 +97,7 @@ class GenerateCommand(ModelCommand):
 class SitesCommand(ModelCommand):
     """List the sites of a model, a line for each block and stream: name, module path, width, tokens, kinds.
 
-    Only the configs of the model are read. One of a family that difflex does not know is loaded.
+    Only the configs of the model are read. One of a family that difflex does not know, and a language model, is loaded.
     """
 
     pattern: Annotated[str, arg(metavar="PATTERN")] = "*"
@@ -106,10 +106,15 @@ class SitesCommand(ModelCommand):
     """Image size, which determines the number of tokens."""
 
     def __call__(self) -> None:
+        import difflex
+        from difflex.pipeline.language import is_language_model
         from difflex.pipeline.profile import config_site_rows
 
         rows = [("site", "module", "width", "tokens", "kinds")]
-        sites = config_site_rows(self.model, self.revision, self.pixels, self.pattern, self.offline, self.text_length)
+        if is_language_model(self.model, self.revision, self.offline):
+            sites = difflex.load_language_model(self.model, revision=self.revision, offline=self.offline).sites(self.pattern)
+        else:
+            sites = config_site_rows(self.model, self.revision, self.pixels, self.pattern, self.offline, self.text_length)
         for row in sites or self.load().sites(self.pattern, self.pixels):
             kinds = " ".join(f"{kind} ({row.neurons})" if kind == "neurons" else kind for kind in row.kinds)
             rows.append((str(row.site), row.path, str(row.width), str(row.tokens), kinds))

@@ -55,18 +55,31 @@ class LanguageModel(LanguagePipeline):
         continues, or in a temporary one.
         """
         folder = temporary_folder() if out is None else Path(out)
+        config = RecordingConfig(tokens=tokens, batch=batch, progress=progress)
+        study = self.record_texts(name_prompts(texts, folder), [site], folder, text_length, config)
+        return SiteActivations(Workspace(study, self._refuse, is_temporary=out is None), self.site(site))
+
+    def record_texts(
+        self,
+        texts: str,
+        sites: Iterable[Site | str],
+        folder: Path,
+        text_length: int = TEXT_LENGTH,
+        config: RecordingConfig | None = None,
+        column: str | None = None,
+        revision: str | None = None,
+    ) -> Study:
+        """Store the activations of sites for the texts of a file, folder or data set, in the study in `folder`."""
         study = Study.open_or_plan(folder, self.name, self.revision)
-        workspace = Workspace(study, self._refuse, is_temporary=out is None)
-        name = name_prompts(texts, folder)
-        source = read_prompts(name, None)
-        if source.is_endless and tokens is None:
+        config, source = config or RecordingConfig(), read_prompts(texts, None, column, revision)
+        if source.is_endless and config.tokens is None:
             raise BadInput(f"The {CAPTIONS} are endless: say how many tokens to store, as in tokens=200_000.")
+        name = str(Path(texts).resolve()) if Path(texts).exists() else texts
         settings = StudySettings(precision=self.precision, text_length=text_length, prompts=name)
-        origin = f"{source.source} in windows of {text_length}"
-        config = RecordingConfig(tokens=tokens, batch=batch, source=origin, progress=progress)
+        config = replace(config, source=f"{source.source} in windows of {text_length}")
         shots, begin = self.windows(source.texts, text_length), partial(study.keep_settings, settings)
-        record(study.activations, shots, self.site(site), partial(self.harvest, progress=False), config, before_writing=begin)
-        return SiteActivations(workspace, self.site(site))
+        record(study.activations, shots, self.expand(sites), partial(self.harvest, progress=False), config, before_writing=begin)
+        return study
 
     def generate(
         self,

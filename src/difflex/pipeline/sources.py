@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.files import disk_errors, parsing, read_json
-from difflex.pipeline.components import PipelinePlan, read_plan
+from difflex.pipeline.components import PLANS, PipelinePlan, read_plan
 from difflex.pipeline.families import Family
 from difflex.quiet import hide_progress_bars, quiet
 from difflex.values import fits, shown
@@ -130,24 +130,46 @@ def embedded(index: str = INDEX) -> dict[str, Path]:
 
 def find(name: str | Path, revision: str | None = None) -> ModelSource:
     """Find the image model `name` in the package, in a folder or on the hub, from which nothing is downloaded yet."""
-    place = embedded(CONFIG).get(str(name)) or (_folder(str(name)) if fits(str, str(name)) and str(name).strip() else Path())
-    if (place / CONFIG).is_file() and not (place / INDEX).is_file():
+    if (place := _config_folder(name)) is not None:
         check_no_language_model(str(name), place)
     return find_source(name, revision, INDEX, "a diffusers pipeline")
 
 
-def check_no_language_model(name: str, place: str | Path, **options: object) -> None:
-    """Refuse a language model where an image model is needed; `options` are for reading its config from the hub."""
-    try:
-        with quiet("transformers"):
-            config = AutoConfig.from_pretrained(os.fspath(place), **options)
-    except Exception:  # whatever it is, it is no language model that transformers can read
-        return
-    if any("CausalLM" in kind or "LMHead" in kind for kind in config.architectures or ()):
+def _config_folder(name: str | Path) -> Path | None:
+    """Return the folder of a model that has a config and no index; None for any other name."""
+    if not isinstance(name, str | Path) or not fits(str, str(name)) or not str(name).strip():
+        return None
+    place = embedded(CONFIG).get(str(name)) or _folder(str(name))
+    return place if (place / CONFIG).is_file() and not (place / INDEX).is_file() else None
+
+
+def is_language_model(name: str | Path, revision: str | None = None, offline: bool = False) -> bool:
+    """Whether `name` is a language model: one inside the package, a folder, or a hub model, whose config is downloaded."""
+    if str(name) in PLANS or str(name) in embedded():
+        return False
+    if (place := _config_folder(name)) is not None:
+        return has_language_config(place)
+    is_hub_name = isinstance(name, str) and HUB_NAME.fullmatch(name) and not _folder(name).exists()
+    return bool(is_hub_name) and has_language_config(name, revision, offline)
+
+
+def check_no_language_model(name: str, place: str | Path, revision: str | None = None, offline: bool = True) -> None:
+    """Refuse a language model where an image model is needed."""
+    if has_language_config(place, revision, offline):
         raise BadInput(
             f"'{name}' is a language model, and this needs an image model: a diffusers pipeline. "
             "difflex.load_language_model opens it, for activations, dictionaries, contrasts and edits of its text."
         )
+
+
+def has_language_config(place: str | Path, revision: str | None = None, offline: bool = True) -> bool:
+    """Whether a folder or hub model has the config of a causal language model of transformers."""
+    try:
+        with quiet("transformers"):
+            config = AutoConfig.from_pretrained(os.fspath(place), revision=revision, local_files_only=offline)
+    except Exception:  # whatever it is, it is no language model that transformers can read
+        return False
+    return any("CausalLM" in kind or "LMHead" in kind for kind in config.architectures or ())
 
 
 def find_source(name: str | Path, revision: str | None, index: str, what: str) -> ModelSource:
@@ -194,7 +216,7 @@ def plan_of(source: ModelSource, offline: bool) -> PipelinePlan:
             raise BrokenFile(
                 f"The configs of the model in {source.folder} cannot be read: {first_line(error)}. {COPY_AGAIN}"
             ) from error
-        check_no_language_model(source.name, source.name, revision=source.revision, local_files_only=offline)
+        check_no_language_model(source.name, source.name, source.revision, offline)
         raise _unreachable(source, offline, error) from error
 
 

@@ -3,5 +3,6 @@
 from difflex import quiet  # noqa: F401  first: it imports diffusers without its messages
 from difflex.pipeline.language.loading import load_language
 from difflex.pipeline.language.model import GeneratedText, LanguagePipeline, refusal
+from difflex.pipeline.sources import is_language_model
 
-__all__ = ["GeneratedText", "LanguagePipeline", "load_language", "refusal"]
+__all__ = ["GeneratedText", "LanguagePipeline", "is_language_model", "load_language", "refusal"]

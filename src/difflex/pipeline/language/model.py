@@ -257,14 +257,18 @@ class LanguagePipeline:
             raise BadInput(f"A text of {len(short[0])} token has no loss: each token is predicted from those before it.")
         return -torch.stack([scores.mean() for scores in self._log_probabilities([(text, 1) for text in encoded], batch)])
 
-    def answer_scores(self, prompts: Sequence[str], answers: Sequence[str], batch: int = 16) -> Float[Tensor, "prompt answer"]:
-        """Return the log probability of each of `answers` as the text that follows each prompt."""
-        ends = [self.engine.tokens(answer) for answer in answers]
+    def answer_scores(
+        self, prompts: Sequence[str], answers: Sequence[str] | Sequence[Sequence[str]], batch: int = 16
+    ) -> Float[Tensor, "prompt answer"]:
+        """Return the log probability of each of `answers` as the text that follows each prompt; or of those of each prompt."""
         starts = [self.engine.encode(check_prompt(prompt)) for prompt in prompts]
-        if not starts or not ends or not all(ends):
-            raise BadInput("There is nothing to score. Give at least one prompt and one answer, which are not empty.")
-        texts = [(start + end, len(start)) for start in starts for end in ends]
-        return torch.stack([scores.sum() for scores in self._log_probabilities(texts, batch)]).view(len(starts), len(ends))
+        shared = [answer for answer in answers if isinstance(answer, str)]
+        rows = [shared] * len(starts) if shared else [list(row) for row in answers]
+        ends = [[self.engine.tokens(answer) for answer in row] for row in rows]
+        if not ends or not all(map(all, ends)) or not ends[0] or len({*map(len, ends)}) > 1 or len(ends) != len(starts):
+            raise BadInput("There is nothing to score. Give prompts, and as many answers to each, which are not empty.")
+        texts = [(start + end, len(start)) for start, row in zip(starts, ends, strict=True) for end in row]
+        return torch.stack([scores.sum() for scores in self._log_probabilities(texts, batch)]).view(len(starts), -1)
 
     def _log_probabilities(self, texts: Sequence[tuple[list[int], int]], batch: int) -> Iterator[Float[Tensor, " token"]]:
         """Yield the log probabilities of the tokens of each text from a place on."""
