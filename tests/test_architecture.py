@@ -168,6 +168,7 @@ INNER_DOORS = {
     "effects.activation_addition",
     "effects.addition_findings",
     "effects.concept_specs",
+    "effects.drawn_behaviours",
     "effects.drawn_world",
     "effects.edit_bench",
     "effects.finding_rules",
