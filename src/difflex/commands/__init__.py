@@ -69,6 +69,7 @@ VERBS = {
     "removal": VerbEntry("Steer", "remove concepts by their features, and judge the images", "difflex.commands.effects"),
     "edit-bench": VerbEntry("Steer", "compare representations by the edits they make", "difflex.commands.effects"),
     "findings": VerbEntry("Steer", "test published findings about steering", "difflex.commands.effects"),
+    "cae": VerbEntry("Steer", "steer a language model by contrasts, and test five findings", "difflex.commands.cae"),
     "run": VerbEntry("Run studies", "run a whole study from a recipe", "difflex.recipes"),
     "status": VerbEntry("Run studies", "show how far a study is", "difflex.commands.study"),
     "verify": VerbEntry("Run studies", "compare all files of a study with their checksums", "difflex.commands.verify"),

@@ -288,6 +288,10 @@ class Study:
         """The file with the findings of steering experiments at a site."""
         return self.folder / "steering" / "findings" / f"{Site.parse(site).folder}.json"
 
+    def addition(self, name: str) -> Path:
+        """The file with what adding contrasts does to the text of the language model `name`; or with the `findings`."""
+        return self.folder / "steering" / "cae" / f"{name}.json"
+
     def edit_bench(self, name: str) -> Path:
         """The file with the results of the editing benchmark on the items called `name`."""
         return self.folder / "steering" / "edit-bench" / f"{name}.json"
