@@ -28,6 +28,7 @@ region = [0, 0, 0.5, 1]
 feature = 5
 """
 FLAGS = ["--trials", "3", "--pairs", "2", "--strength", "1:2:1"]
+FEW = ["--trials", "1", "--pairs", "1", "--strength", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,7 @@ def test_a_clip_judges_the_named_feature_and_the_baselines(root: Path, capsys: p
 
 def test_a_strip_that_has_changed_or_a_clip_with_other_weights_is_judged_again(root: Path, capsys: pytest.CaptureFixture[str]):
     clip = tiny_clip(root / "other-clip")
-    few = ["--trials", "1", "--pairs", "1", "--strength", "1"]
-    flags = [*words(root)[: -len(FLAGS)], *few, "--clip", str(clip), "--offline"]
+    flags = [*words(root)[: -len(FLAGS)], *FEW, "--clip", str(clip), "--offline"]
     assert main(flags) == 0 and main(flags) == 0
     assert "as before" in capsys.readouterr().out
     folder = root / "study" / "steering" / "judged" / "double.1"
@@ -82,8 +82,8 @@ def test_a_strip_that_has_changed_or_a_clip_with_other_weights_is_judged_again(r
 
 
 def test_edits_are_planned_and_optimised_on_prompts_of_their_own_and_replayed(root: Path, tmp_path: Path):
-    flags = ["--clip", str(tiny_clip(root / "clip")), "--offline", "--automatic", "--effect-updates", "2", "--tuning", "2"]
-    assert main(words(root, *flags)) == 0
+    flags = ["--clip", str(tiny_clip(root / "clip")), "--offline", "--automatic", "--effect-updates", "2", "--tuning", "1"]
+    assert main([*words(root)[: -len(FLAGS)], *FEW, *flags]) == 0
     results = judged(root)
     assert [curve.method for curve in results.curves][4:] == ["automatic", "effect-aware"]
     automatic, aware = results.of("automatic")[0], results.of("effect-aware")[0]
@@ -115,7 +115,7 @@ def test_concepts_that_were_finished_before_a_kill_are_not_judged_again(
 ):
     two = tmp_path / "two.toml"
     two.write_text(CONCEPTS + CONCEPTS.replace('"red"', '"blue"').replace('"blue", "green"', '"red", "green"'))
-    flags = ["--dictionary", "double.1", "--concepts", str(two), *FLAGS, "--clip", str(tiny_clip(root / "clip")), "--offline"]
+    flags = ["--dictionary", "double.1", "--concepts", str(two), *FEW, "--clip", str(tiny_clip(root / "clip")), "--offline"]
     command = ["steer-eval", str(root / "study"), *flags]
     assert main(command) == 0
     whole, path = judged(root), root / "study" / "steering" / "judged" / "double.1" / "topk-32-k12.json"
