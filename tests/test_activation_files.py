@@ -1,6 +1,7 @@
 """Activations in files of other tools: back in a store they are what they were, and files that cannot be used are refused."""
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -112,6 +113,21 @@ def test_activations_of_others_are_stored_by_image_and_a_tenth_is_held_out(tmp_p
     assert store.shot(3).image == "files#3"
 
 
+def test_an_export_replaces_no_file_of_others_and_completes_one_that_was_killed(tmp_path: Path):
+    store, folder = stored(tmp_path / "store"), tmp_path / "files"
+    folder.mkdir()
+    (folder / "values.npy").write_bytes(b"mine")
+    with pytest.raises(BadInput, match=r"is not empty: it has values\.npy"):
+        export_activations(store, "npy", folder, progress=False)
+    assert [path.name for path in folder.iterdir()] == ["values.npy"] and (folder / "values.npy").read_bytes() == b"mine"
+    (folder / "values.npy").unlink()
+    paths = export_activations(store, "npy", folder, progress=False)
+    for path in paths[2:]:
+        path.unlink()
+    (folder / ".partial").mkdir()
+    assert export_activations(store, "npy", folder, progress=False) == paths and len([*folder.iterdir()]) == len(paths)
+
+
 def test_an_import_that_was_stopped_continues_and_is_not_made_twice(tmp_path: Path):
     export_activations(stored(tmp_path / "before"), "npy", tmp_path / "files", progress=False)
     first = imported(tmp_path / "files", tmp_path / "after").fingerprint
@@ -163,6 +179,9 @@ def test_what_cannot_be_activations_is_refused(tmp_path: Path):
     (tmp_path / "open.npy").write_bytes((tmp_path / "good.npy").read_bytes().replace(b"}", b" "))
     with pytest.raises(BrokenFile, match="cannot be read"):
         imported(tmp_path / "open.npy", tmp_path / "store", GIVEN)
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(BadInput, match="is a folder, a device or a pipe"):
+        imported(tmp_path / "pipe.npy", tmp_path / "store", GIVEN)
     (tmp_path / "bad.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
     with pytest.raises(BrokenFile, match="cannot be read"):
         imported(tmp_path / "bad.safetensors", tmp_path / "store", GIVEN)

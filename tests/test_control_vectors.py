@@ -1,5 +1,6 @@
 """Control vectors: a contrast comes back as it was, files of other tools are read, and what cannot be is refused."""
 
+import os
 import random
 import struct
 from contextlib import suppress
@@ -121,6 +122,21 @@ def test_a_pt_file_runs_no_code_and_holds_tensors(tmp_path: Path):
         torch.save(content, tmp_path / f"{name}.pt")
         with pytest.raises(BrokenFile):
             read_vectors(tmp_path / f"{name}.pt")
+    (tmp_path / "endless.gguf").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for name in ("endless", "pipe"):
+        with pytest.raises(BadInput, match="is a folder, a device or a pipe"):
+            read_vectors(tmp_path / f"{name}.gguf")
+    views = [
+        torch.zeros(1).expand(10**11),
+        torch.ones(4, device="meta"),
+        torch.ones(4, dtype=torch.complex64),
+        torch.ones(4).to_sparse(),
+    ]
+    for view in views:
+        torch.save({1: view}, tmp_path / "view.pt")
+        with pytest.raises(BrokenFile, match="no plain vector"):
+            read_vectors(tmp_path / "view.pt")
     torch.save({1: torch.tensor([1.0, float("nan")])}, tmp_path / "nan.pt")
     with pytest.raises(BrokenFile, match="not finite"):
         read_vectors(tmp_path / "nan.pt")

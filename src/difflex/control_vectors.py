@@ -82,12 +82,13 @@ def read_vectors(path: Path) -> VectorFile:
     """Read a file of control vectors, in the format that the name ends in."""
     if path.suffix not in (".gguf", ".pt"):
         raise BadInput(f"{path} is of no known format. Name a .gguf file (repeng, llama.cpp) or a .pt file (steering-vectors).")
-    try:
-        with disk_errors(path, "read"):
-            size = path.stat().st_size
-            content = path.read_bytes() if size <= LARGEST else b""
-    except FileNotFoundError as error:
-        raise BadInput(f"There is no file {path}.") from error
+    if not path.is_file():  # a device or a pipe may never end
+        raise BadInput(
+            f"There is no file {path}." if not path.exists() else f"{path} is a folder, a device or a pipe. Name a file."
+        )
+    with disk_errors(path, "read"):
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= LARGEST else b""
     if size > LARGEST:
         raise BrokenFile(f"{path} has {size:,} bytes; control vectors have at most {LARGEST:,}.")
     try:
@@ -245,6 +246,10 @@ def _read_pt(path: Path) -> VectorFile:
     vectors = entries.get("layer_activations", entries) if isinstance(entries, dict) else None
     if not isinstance(vectors, dict) or not all(type(key) is int and isinstance(each, Tensor) for key, each in vectors.items()):
         raise BrokenFile("it holds no dict of layer numbers and tensors. Save vector.layer_activations with torch.save.")
+    for layer, each in vectors.items():
+        # A view of few numbers may claim any size, and other layouts hold no numbers that can be looked at.
+        if each.layout != torch.strided or each.device.type != "cpu" or not each.is_contiguous() or each.is_complex():
+            raise BrokenFile(f"the direction of layer {layer} is no plain vector of numbers.")
     ours = entries.get(OURS)
     directions = {layer: direction.float().flatten() for layer, direction in vectors.items()}
     return VectorFile(directions, "", json.loads(ours) if isinstance(ours, str) else None)

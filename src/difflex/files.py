@@ -5,12 +5,14 @@ deletes it.
 """
 
 import errno
+import filecmp
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -247,6 +249,29 @@ def folder_lock(folder: Path, shared: bool = False) -> Iterator[None]:
         with suppress(OSError):
             for path in made:
                 path.rmdir()
+
+
+def write_together(folder: Path, write: Callable[[Path], Sequence[Path]]) -> list[Path]:
+    """Let `write` make files in an empty folder, move them to `folder` in the order in which it returns them, and return them.
+
+    `folder` must be empty, or hold some of the same files, as after a run that was killed while they moved.
+    """
+    partial = folder / ".partial"
+    with folder_lock(folder), disk_errors(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            paths = write(partial)
+            made = {path.name: path for path in paths}
+            other = [
+                path.name
+                for path in folder.iterdir()
+                if path != partial and not (path.name in made and filecmp.cmp(made[path.name], path, shallow=False))
+            ]
+            if other:
+                raise BadInput(f"{folder} is not empty: it has {', '.join(sorted(other)[:5])}. Name a new folder.")
+            return [path.replace(folder / path.name) for path in paths]
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

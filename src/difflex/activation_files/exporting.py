@@ -13,7 +13,7 @@ from torch import Tensor
 
 from difflex.activation_files.rows import arrow_modules
 from difflex.errors import BadInput, UnknownName
-from difflex.files import file_sha256, folder_lock, read_json, replacing, write_file, write_json
+from difflex.files import file_sha256, read_json, replacing, write_file, write_json, write_together
 from difflex.progress import ProgressBar
 from difflex.records import Shot
 from difflex.store import Store
@@ -37,17 +37,23 @@ def export_activations(store: Store, kind: ActivationFormat, folder: Path, progr
         raise BadInput(f"The harvest of {store.folder} is not finished. Run it again to its end first.")
     if (folder / INDEX).exists():
         return _existing(store, kind, folder)
+    if folder.is_dir() and (other := [path.name for path in folder.iterdir() if path.suffix not in (f".{kind}", ".jsonl", "")]):
+        raise BadInput(f"{folder} is not empty: it has {', '.join(sorted(other)[:5])}. Name a new folder.")
     if kind == "parquet":
         arrow_modules()
     rows = store.count() + store.count("held-out")
-    with folder_lock(folder), ProgressBar(total=rows, unit=" tokens", unit_scale=True, desc="export", show=progress) as bar:
-        paths, shots = _WRITERS[kind](store, folder, bar)
-        write_file(folder / SHOTS, b"".join(json.dumps(shot.as_json()).encode() + b"\n" for shot in shots))
+
+    def write(partial: Path) -> list[Path]:
+        with ProgressBar(total=rows, unit=" tokens", unit_scale=True, desc="export", show=progress) as bar:
+            paths, shots = _WRITERS[kind](store, partial, bar)
+        write_file(partial / SHOTS, b"".join(json.dumps(shot.as_json()).encode() + b"\n" for shot in shots))
         head = {"kind": kind, "site": str(store.site), "model": store.model, "dtype": store.dtype, "width": store.width}
         head |= {"tokens": store.tokens, "grid": store.grid, "rows": rows, "source": store.fingerprint}
         files = {path.name: file_sha256(path) for path in paths}
-        write_json(folder / INDEX, FORMAT, {**head, "files": files, "shots": file_sha256(folder / SHOTS)})
-    return [*paths, folder / SHOTS, folder / INDEX]
+        write_json(partial / INDEX, FORMAT, {**head, "files": files, "shots": file_sha256(partial / SHOTS)})
+        return [*paths, partial / SHOTS, partial / INDEX]
+
+    return write_together(folder, write)
 
 
 def _existing(store: Store, kind: ActivationFormat, folder: Path) -> list[Path]:

@@ -87,7 +87,7 @@ def import_activations(source: Path, folder: Path, options: ImportOptions, begin
 
 def _find_files(source: Path) -> list[Path]:
     """Return the files of a format in a folder, sorted by name, or the file itself."""
-    if source.is_file() and source.suffix in READERS:
+    if not source.is_dir() and source.exists() and source.suffix in READERS:
         return [source]
     names = sorted(source.iterdir()) if source.is_dir() else []
     by_suffix = {suffix: [path for path in names if path.suffix == suffix] for suffix in READERS}
@@ -119,8 +119,8 @@ def _read_index(path: Path) -> FileIndex:
             raise BrokenFile(f"{path} lists the file {outside[0]!r}, which is not in its folder. Do not use it.")
         site = Site.parse(entries["site"])
         shots = path.with_name(SHOTS)
-        if file_sha256(shots) != entries["shots"]:
-            raise BrokenFile(f"{shots} does not match its checksum: it is damaged. {ADVICE}")
+        if not shots.is_file() or file_sha256(shots) != entries["shots"]:
+            raise BrokenFile(f"{shots} is missing or does not match its checksum: it is damaged. {ADVICE}")
         lines = [json.loads(line) for line in shots.read_text("utf-8").splitlines()]
         grid, tokens = entries["grid"], int(entries["tokens"])
         rows_columns = None if grid is None else (int(grid[0]), int(grid[1]))

@@ -163,6 +163,8 @@ def open_rows(paths: Sequence[Path], key: str | None) -> RowReader:
     """Open the files; only their headers are read."""
     readers = []
     for path in paths:
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise BadInput(f"{path} is a folder, a device or a pipe. Name files.")
         try:
             with disk_errors(path, "read"):
                 readers.append(READERS[path.suffix](path, key))

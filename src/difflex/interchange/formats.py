@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import filecmp
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 
 from difflex.dictionaries import CodeStatistics, Dictionary, DictionaryOrigin
 from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
-from difflex.files import Json, disk_errors, folder_lock
+from difflex.files import Json, write_together
 from difflex.interchange.base import FittedDictionary, ForeignDictionary, ForeignFormat, WritableFormat
 from difflex.interchange.dictionary_learning import DictionaryLearningFormat
 from difflex.interchange.fae import FaeFormat
@@ -38,8 +37,6 @@ FORMATS: tuple[ForeignFormat, ...] = (
     OvercompleteFormat(),
 )
 """All formats, in the order in which files are compared with them."""
-PARTIAL = ".partial"
-"""The folder in that of an export with what is not whole yet."""
 LABEL = re.compile(r"[A-Za-z0-9][\w.-]{0,60}")
 Batches = Callable[[], Iterator[ActivationBatch]]
 """Activations of the site of a dictionary, in batches."""
@@ -161,18 +158,7 @@ def write_dictionary(dictionary: Dictionary, format: str, folder: Path | str, *,
         written = ", ".join(other.name for other in FORMATS if isinstance(other, WritableFormat))
         raise BadInput(f"Files of {chosen.name} are read, not written. Export to one of: {written}.")
     fitted: FittedDictionary = chosen.fit(dictionary, approximate)
-    partial = folder / PARTIAL
-    with folder_lock(folder), disk_errors(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        existing = sorted(path.name for path in folder.iterdir())
-        try:
-            made = chosen.write(fitted.dictionary, partial)
-            same = [path.name for path in made if path.name in existing and filecmp.cmp(path, folder / path.name, shallow=False)]
-            if other := [name for name in existing if name not in same]:
-                raise BadInput(f"{folder} is not empty: it has {', '.join(other[:5])}. Name a new folder.")
-            files = [path.replace(folder / path.name) for path in made]  # the configuration comes last
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    files = write_together(folder, partial(chosen.write, fitted.dictionary))  # the configuration comes last
     return ExportResult(files=files, approximations=fitted.approximations, written=fitted.dictionary)
 
 
