@@ -192,8 +192,8 @@ class BlockRolesCommand(StudyImagesCommand):
         if precision == "auto":
             from difflex.pipeline import choose_precision
 
-            wishes = {"offload": True if offload else None, "offline": self.offline, "reserve": memory_to_work()}
-            precision, offload = choose_precision(self.study_or_model, **wishes)
+            wish, reserve = True if offload else None, memory_to_work()
+            precision, offload = choose_precision(self.study_or_model, offload=wish, offline=self.offline, reserve=reserve)
         pipe = difflex.load(self.study_or_model, precision=precision, offload=offload, offline=self.offline)
         pipe.engine.set_defaults(self.pixels, self.steps, self.guidance)
         return pipe
