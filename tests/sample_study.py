@@ -29,6 +29,7 @@ from difflex.evaluation.concepts.results import (
 )
 from difflex.evaluation.effect import ModelEffect, ReplacementEffect
 from difflex.evaluation.reconstruction import ReconstructionMetrics, ReconstructionQuality
+from difflex.evaluation.transfer import TransferInputs, TransferResults, TransferStep
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
 from difflex.features.entries import Example, FeatureNeighbour, FeatureStats, ImageFile, TokenMap
 from difflex.features.explanations import Explanation, ExplanationScore
@@ -427,6 +428,31 @@ def write_block_roles(study: Study) -> None:
     ).save(study.block_roles)
 
 
+def write_transfer(study: Study, name: str, model: str, steps: int) -> None:
+    """Write results of a dictionary in runs of a model, whose explained variance falls from step to step."""
+    interval = lambda value: ConfidenceInterval(value, value - 0.05, value + 0.05)  # noqa: E731
+    site, _, label = name.partition("/")
+    results = [
+        TransferStep(
+            timestep=1000.0 - 250 * number,
+            tokens=640,
+            ev=interval(0.75 - 0.1 * number),
+            fvu=0.25 + 0.1 * number,
+            l0=16.0,
+            overlap=interval(0.5) if number else None,
+            chance=0.25 if number else None,
+        )
+        for number in range(steps)
+    ]
+    TransferResults(
+        dictionary=name,
+        fingerprint=fingerprint(study.dictionary(site, label)),
+        trained_on=study.model,
+        inputs=TransferInputs(run=Shot(model=model, pixels=(64, 64), steps=steps, guidance=0.0), prompts="captions", images=40),
+        steps=tuple(results),
+    ).save(study.transfer(site, label, f"{model}-{steps}"))
+
+
 def full_study(folder: Path) -> Study:
     """Return a study with records of every station: two sites, two sizes and k, variants, ITDA, concepts and anatomy."""
     study = new_study(folder)
@@ -448,6 +474,8 @@ def full_study(folder: Path) -> Study:
     write_steering(study, "double.1/itda-1020-k16-first100", success=0.6)
     write_removal(study, "double.1/topk-1024-k16")
     write_edit_bench(study)
+    write_transfer(study, "double.1/topk-1024-k16", "mini-flux", 4)
+    write_transfer(study, "double.1/topk-1024-k16", "mini-flux-base", 2)
     write_measures(study, "double.1/topk-1024-k16")
     write_block_roles(study)
     write_findings(study, "double.1", by={"out-of-distribution": "double.1/topk-1024-k16"})

@@ -85,6 +85,7 @@ def test_a_whole_study_has_every_figure(tmp_path: Path):
         "timesteps",
         "effect",
         "replaced",
+        "transfer",
         "features",
         "coverage",
         "roles",
@@ -228,10 +229,21 @@ def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp
     assert [row["detected"] for row in rows_of(study, "coverage") if row["method"] == "topk-1024-k16"] == ["2", "2"]
 
 
+def test_dictionaries_are_drawn_at_each_step_of_both_models_and_results_of_older_weights_are_named(tmp_path: Path):
+    study = full_study(tmp_path)
+    page = page_of(study)
+    rows = rows_of(study, "transfer")
+    assert [row["EV"] for row in rows if row["model"] == "mini-flux-base"] == ["0.75", "0.65"]
+    assert rows[0]["overlap"] == "" and rows[1]["overlap by chance"] == "0.25"
+    assert any("EV 0.650 (0.600 to 0.700)" in tip and "mini-flux, 4 steps" in tip for tip in tips(page, "transfer"))
+    write_dictionary(study, "double.1/topk-1024-k16", weights=b"other")
+    assert "mini-flux-4.json is of older weights of its dictionary" in page_of(study)
+
+
 def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):
     page = page_of(full_study(tmp_path))
     links = re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)" download="(\w+)\.csv"', page)
-    assert len(links) == 17 + len(EXPLANATIONS | STEERING)
+    assert len(links) == 20 + len(EXPLANATIONS | STEERING)
     for code, name in links:
         assert base64.b64decode(code).decode() == (tmp_path / "report" / f"{name}.csv").read_text(encoding="utf-8")
 

@@ -85,14 +85,15 @@ def test_a_study_is_measured_at_the_steps_of_its_model_and_of_another(tmp_path: 
     sizes = ["--k", "4", "--size", "32", "--tokens", "500", "--batch", "64"]
     assert main(["train", str(study), "--site", str(SITE), *sizes]) == 0
     assert main(["transfer", str(study), "--steps", "3", "--images", "3"]) == 0
+    assert main(["transfer", str(study), "--images", "2", "--seeds", "5:7"]) == 0
     words = ["transfer", str(study), "--model", str(models[1]), *prompts, "--images", "4", "--batch", "3"]
     assert main(words) == 0
     assert "overlap" in (output := capsys.readouterr().out) and "measured" in output
     assert main(words) == 0
     assert "up to date" in capsys.readouterr().out
     files = Study.open(study).transfers()
-    assert files == [Study.open(study).transfer(SITE, LABEL, name) for name in ("other-2", "own-3")]
-    other, own = map(TransferResults.load, files)
+    assert files == [Study.open(study).transfer(SITE, LABEL, name) for name in ("other-2", "own-1-seeds-5-7", "own-3")]
+    other, _, own = map(TransferResults.load, files)
     assert (own.is_of_own_model, other.is_of_own_model) == (True, False)
     assert len(own.steps) == 3 and len(other.steps) == 2 and other.inputs.images == 4
     wide = tiny_folder("sd3", tmp_path / "wide")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, final
 
@@ -14,6 +14,7 @@ from difflex.commands.flags import (
     AMOUNT,
     BATCH,
     COUNT,
+    RANGE,
     SHARE,
     STEPS,
     TOKENS,
@@ -25,7 +26,7 @@ from difflex.commands.flags import (
     StudyModelCommand,
     located,
 )
-from difflex.commands.inputs import load_study_model, narrowed, open_study, study_pixels
+from difflex.commands.inputs import first_and_end, load_study_model, narrowed, open_study, study_pixels
 from difflex.dictionary_config import read_config
 from difflex.errors import BadInput, OutOfMemory
 from difflex.explore.inputs import read_prompts
@@ -114,6 +115,8 @@ class TransferCommand(StudyImagesCommand):
     """The revision of another model on the hub."""
     prompts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: those held out by the harvest)")] = None
     """A text file with one prompt per line, or `captions`: those of the drawn world."""
+    seeds: Annotated[range | None, RANGE, arg(aliases=["--seed"], help_behavior_hint="(default: those of the harvest)")] = None
+    """Seeds of the noise: the first for the first prompt, and so on, again from the first after the last."""
     images: Annotated[int, COUNT] = 100
     """Number of prompts, with an image each."""
     batch: Annotated[int, BATCH] = 8
@@ -130,30 +133,38 @@ class TransferCommand(StudyImagesCommand):
         pipe = load_study_model(study, self) if self.model is None else self._other_model(study)
         steps = list(pipe.shots(""))
         run = replace(steps[0], prompt="", timestep=None, split="train")
-        shots = [replace(step, prompt=prompt, seed=seed) for seed, prompt in enumerate(prompts) for step in steps]
-        inputs = TransferInputs(run=run, prompts=source, images=len(prompts))
+        shots = [replace(step, prompt=prompt, seed=seed) for prompt, seed in prompts for step in steps]
+        inputs = TransferInputs(run=run, prompts=source, images=len(prompts), seeds=first_and_end(self.seeds))
         results = update_transfer(study, refs, inputs, lambda sites: pipe.harvest(shots, sites, self.batch))
         for path, (_, up_to_date) in results.items():
             print(f"{path}: {'up to date' if up_to_date else 'measured'}")
         print(transfer_table(record for record, _ in results.values()))
         return list(results)
 
-    def _prompts(self, study: Study) -> tuple[list[str], str]:
-        """Return the prompts, and what identifies them."""
+    def _prompts(self, study: Study) -> tuple[list[tuple[str, int]], str]:
+        """Return prompts with their seeds, and what identifies the prompts."""
+        if self.prompts is None:
+            source, pairs = "held out of the harvest", list(islice(self._held_out(study), self.images))
+        else:
+            prompts, seeds = read_prompts(self.prompts, None), cycle(range(*study.settings.seeds))
+            source, pairs = prompts.source, list(zip(islice(prompts.texts, self.images), seeds, strict=False))
+        if self.seeds is not None:
+            pairs = [(prompt, seed) for (prompt, _), seed in zip(pairs, cycle(self.seeds), strict=False)]
+        return pairs, source
+
+    def _held_out(self, study: Study) -> Iterator[tuple[str, int]]:
+        """Yield the held-out prompts of a study with their seeds."""
         from difflex.store import Store
 
-        if self.prompts is not None:
-            prompts = read_prompts(self.prompts, None)
-            return list(islice(prompts.texts, self.images)), prompts.source
-        for folder in study.stores().values():
-            store, texts = Store.open(folder), dict[str, None]()
-            for rows in store.batches(1024, seed=None, split="held-out"):
-                shots = [store.shot(number) for number in rows.shots.unique().tolist()]
-                texts |= dict.fromkeys(shot.prompt for shot in shots if shot.image is None)
-                if len(texts) >= self.images:
-                    break
-            return list(texts)[: self.images], f"held out of {store.source}"
-        raise BadInput(f"{study.folder} has no activations, so that there are no held-out prompts. Give some with --prompts.")
+        stores = [Store.open(folder) for folder in study.stores().values()]
+        if not stores:
+            raise BadInput(f"{study.folder} has no activations, so it holds no prompts out. Give some with --prompts.")
+        seen = set[str]()
+        for rows in stores[0].batches(1024, seed=None, split="held-out"):
+            for shot in map(stores[0].shot, rows.shots.unique().tolist()):
+                if shot.image is None and shot.prompt not in seen:
+                    seen.add(shot.prompt)
+                    yield shot.prompt, shot.seed
 
     def _other_model(self, study: Study) -> "difflex.Pipeline":
         precision = self.precision if self.precision != "auto" else study.settings.precision

@@ -37,6 +37,14 @@ class TransferInputs:
     prompts: str
     """Identifies the prompts."""
     images: int
+    seeds: tuple[int, int] | None = None
+    """The first seed and the one after the last, one for each prompt in turn; None for those of the harvest."""
+
+    @property
+    def name(self) -> str:
+        """The runs in a line."""
+        seeds = "" if self.seeds is None else ", seeds {}:{}".format(*self.seeds)
+        return f"{self.run.model}, {self.run.steps} steps{seeds}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +209,7 @@ def update_transfer(
 
     `harvest` yields activations at sites, all steps of a batch of images after one another.
     """
-    paths = {ref: study.transfer(*ref, f"{_file_name(inputs.run.model)}-{inputs.run.steps}") for ref in refs}
+    paths = {ref: study.transfer(*ref, _file_name(inputs)) for ref in refs}
     checksums = {ref: fingerprint(study.dictionary(*ref)) for ref in refs}
     stored = {ref: TransferResults.load(path) for ref, path in paths.items() if path.is_file()}
     current = {ref: old for ref, old in stored.items() if (old.fingerprint, old.inputs) == (checksums[ref], inputs)}
@@ -225,19 +233,22 @@ def update_transfer(
     return results
 
 
-def _file_name(model: str) -> str:
-    """Return what the file of the results of a model is called: its name, or that of its folder."""
-    return Path(model).name if Path(model).is_dir() else model.replace("/", "--")
+def _file_name(inputs: TransferInputs) -> str:
+    """Return what the file of the results is called: the name of the model, or of its folder, the steps, and the seeds."""
+    model = inputs.run.model
+    name = Path(model).name if Path(model).is_dir() else model.replace("/", "--")
+    seeds = "" if inputs.seeds is None else "-seeds-{}-{}".format(*inputs.seeds)
+    return f"{name}-{inputs.run.steps}{seeds}"
 
 
 def transfer_table(results: Iterable[TransferResults]) -> str:
     """Return a text table with a line for each dictionary and step."""
-    rows = [["", "model", "timestep", "EV", "95 %", "FVU", "L0", "overlap", "95 %", "chance"]]
+    rows = [["", "runs", "timestep", "EV", "95 %", "FVU", "L0", "overlap", "95 %", "chance"]]
     for record in results:
         for step in record.steps:
             ev, overlap = map(_cells, (step.ev, step.overlap))
             fvu, chance = ("-" if value is None else f"{value:.3f}" for value in (step.fvu, step.chance))
-            place = [record.dictionary, record.inputs.run.model, f"{step.timestep:.0f}"]
+            place = [record.dictionary, record.inputs.name, f"{step.timestep:.0f}"]
             rows.append([*place, *ev, fvu, f"{step.l0:.1f}", *overlap, chance])
     return text_table(rows, right_align=range(2, len(rows[0])))
 

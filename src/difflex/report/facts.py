@@ -15,6 +15,7 @@ from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import Anatomy
 from difflex.evaluation.concepts import ConceptsConfig
 from difflex.evaluation.concepts.results import ConceptMatches, NoiseLevelResult
+from difflex.evaluation.transfer import TransferResults
 from difflex.measures import BlockRoleResults, FeatureMeasures
 from difflex.records import Site
 from difflex.study import CommandRecord, DictionaryRef, Study
@@ -204,6 +205,7 @@ class StudyFacts:
     measures: tuple[FeatureMeasures, ...]
     block_roles: BlockRoleResults | None
     edit_benches: tuple[EditBenchResults, ...]
+    transfers: tuple[TransferResults, ...]
     problems: tuple[str, ...]
     """Why files are left out, and what to do."""
 

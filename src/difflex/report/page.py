@@ -28,6 +28,7 @@ from difflex.report.figures.paper import paper_figures
 from difflex.report.figures.quality import quality
 from difflex.report.figures.steering import steering, strip
 from difflex.report.figures.summary import summary
+from difflex.report.figures.transfer import transfer
 from difflex.report.reading import read_facts
 from difflex.report.style import count
 from difflex.study import CommandRecord, Study
@@ -172,6 +173,7 @@ SECTIONS: tuple[Callable[[StudyFacts], ReportSection], ...] = (
     wall,
     strip,
     quality,
+    transfer,
     concepts,
     anatomy,
     explanations,

@@ -17,6 +17,7 @@ from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import Anatomy
 from difflex.evaluation.concepts.results import ConceptMatches, ConceptsConfig
+from difflex.evaluation.transfer import TransferResults
 from difflex.features import Book, BookInfo, ImageAlbum
 from difflex.images import open_image
 from difflex.measures import BlockRoleResults, FeatureMeasures
@@ -26,7 +27,15 @@ from difflex.study import DictionaryRef, Study, read_log, recipe_record
 
 DETECTS = 0.8
 """The average precision from which on a feature detects a concept."""
-FILES = ("study.json", "run.json", "anatomy.json", "*/*/manifest.json", "*/*/*/config.json", "evaluation/*/*.json")
+FILES = (
+    "study.json",
+    "run.json",
+    "anatomy.json",
+    "*/*/manifest.json",
+    "*/*/*/config.json",
+    "evaluation/*/*.json",
+    "transfer/*/*/*.json",
+)
 FILES += (
     "concepts/*/*.json",
     "steering/judged/*/*.json",
@@ -63,6 +72,7 @@ def read_facts(study: Study, control: Study | None = None) -> StudyFacts:
         removals=reader.removals(),
         findings=reader.findings(),
         edit_benches=reader.edit_benches(),
+        transfers=reader.transfers(),
         measures=reader.measures(),
         block_roles=reader.block_roles(),
         problems=tuple(dict.fromkeys(problems)),
@@ -203,6 +213,16 @@ class _StudyReader:
         for path, results in self._load_all(RemovalResults.load, self.study.removals()):
             if results.model != self.study.model or self._changed(results.provenance):
                 self._reject(f"{path} is of older weights of its dictionaries. Run difflex removal again.")
+            else:
+                current.append(results)
+        return tuple(current)
+
+    def transfers(self) -> tuple[TransferResults, ...]:
+        """Return the results at other steps and on other models that are of the present weights of their dictionaries."""
+        current = []
+        for path, results in self._load_all(TransferResults.load, self.study.transfers()):
+            if results.fingerprint != self.fingerprint(results.dictionary):
+                self._reject(f"{path} is of older weights of its dictionary. Run difflex transfer again.")
             else:
                 current.append(results)
         return tuple(current)
