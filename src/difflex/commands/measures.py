@@ -154,8 +154,8 @@ class BlockRolesCommand(StudyImagesCommand):
             generated = pipe.generate(texts, seed=self.seed, batch=BATCH, edits=hooks)
             return to_tensor(each.image for each in generated)
 
-        path = None if study is None else study.block_roles
-        roles, is_reused = measure_block_roles(pipe.name, pipe.revision, list(self._sites(pipe)), config, generate, path)
+        path, name = (None, pipe.name) if study is None else (study.block_roles, study.model)
+        roles, is_reused = measure_block_roles(name, pipe.revision, list(self._sites(pipe)), config, generate, path)
         print(f"{len(roles.blocks)} blocks, {self.images} images each{', as before' * is_reused}")
         print(block_roles_table(roles))
         return None if path is None else [path]
