@@ -124,6 +124,19 @@ def test_itda_formats_hold_an_itda_dictionary(format: str, pursuit: str, normali
     assert format == "itda-flux" or back.patch(3) is not None
 
 
+@pytest.mark.parametrize("format", ["saelens", "dictionary-learning", "sdxl-unbox"])
+def test_an_export_that_was_killed_is_completed_and_another_is_refused(format: str, tmp_path: Path):
+    files = write_dictionary(our_sae(), format, tmp_path / "out").files
+    contents = [path.read_bytes() for path in files]
+    files[-1].unlink()
+    (tmp_path / "out" / ".partial").mkdir()
+    assert write_dictionary(our_sae(), format, tmp_path / "out").files == files
+    assert [path.read_bytes() for path in files] == contents and len([*(tmp_path / "out").iterdir()]) == len(files)
+    with pytest.raises(BadInput, match="is not empty"):
+        write_dictionary(our_sae(bias=torch.ones(WIDTH)), format, tmp_path / "out")
+    assert [path.read_bytes() for path in files] == contents
+
+
 @pytest.mark.parametrize(
     ("dictionary", "format", "reason"),
     [

@@ -71,8 +71,8 @@ def write_vectors(contrast: Contrast, path: Path) -> Path:
         with replacing(path) as temporary:
             temporary.write_bytes(content)
     elif path.suffix == ".pt":
-        with replacing(path) as temporary:
-            torch.save({"layer_activations": {layer: direction}, "layer_type": "decoder_block", OURS: text}, temporary)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save({"layer_activations": {layer: direction}, "layer_type": "decoder_block", OURS: text}, file)
     else:
         raise BadInput(f"{path} is of no known format. End the name in .gguf (repeng, llama.cpp) or .pt (steering-vectors).")
     return path

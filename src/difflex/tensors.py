@@ -109,15 +109,21 @@ def read_tensors(
     try:
         with disk_errors(path, "read"):
             header = _checked_header(path, format, advice)
-        with safe_open(path, "pt", device=str(device)) as file:
-            # Cloned, because a product of tensors that start at odd addresses of a mapped file may differ in its last bit.
-            names = list(file.keys())
-            tensors = {name: file.get_slice(name)[(rows or {}).get(name, ...)].clone() for name in names}
+        tensors: dict[str, Tensor] = {}
+        for name in _names(path):
+            with safe_open(path, "pt", device=str(device)) as file:  # for each, so that not all of the file is mapped at once
+                # Cloned, because a product of tensors that start at odd addresses of a mapped file may differ in its last bit.
+                tensors[name] = file.get_slice(name)[(rows or {}).get(name, ...)].clone()
     except FileNotFoundError as error:
         raise BrokenFile(f"{path} is missing. {advice}") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. {advice}") from error
     return TensorFile(header, tensors)
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 def check_tensors(path: Path, advice: str) -> None:

@@ -24,8 +24,8 @@ def write_config(path: Path, entries: Mapping[str, object]) -> Path:
 
 def write_pickle(path: Path, content: Mapping[str, object] | Tensor) -> Path:
     """Write a tensor, or tensors by name, also nested, as `torch.save` does, and return the path."""
-    with replacing(path) as temporary:
-        torch.save(_plain(content), temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:  # a path would name the archive after the temporary file
+        torch.save(_plain(content), file)
     return path
 
 
