@@ -216,20 +216,19 @@ def update_transfer(
     missing = {ref: Dictionary.load(study.dictionary(*ref)) for ref in refs if ref not in current}
     sites = list(dict.fromkeys(ref.site for ref in missing))
     steps = measure_transfer(harvest(sites), {str(ref): each for ref, each in missing.items()}) if missing else {}
-    results = {}
-    for ref, path in paths.items():
-        if ref in missing:
-            if not steps[str(ref)]:
-                raise BadInput(f"There are no images to measure {ref} on. Give prompts with --prompts.")
-            record = TransferResults(
-                dictionary=str(ref),
-                fingerprint=checksums[ref],
-                trained_on=missing[ref].origin.model,
-                inputs=inputs,
-                steps=steps[str(ref)],
-            )
-            record.save(path)
-        results[path] = (current.get(ref) or record, ref in current)
+    results = {path: (current[ref], True) for ref, path in paths.items() if ref in current}
+    for ref, dictionary in missing.items():
+        if not steps[str(ref)]:
+            raise BadInput(f"There are no images to measure {ref} on. Give prompts with --prompts.")
+        record = TransferResults(
+            dictionary=str(ref),
+            fingerprint=checksums[ref],
+            trained_on=dictionary.origin.model,
+            inputs=inputs,
+            steps=steps[str(ref)],
+        )
+        record.save(paths[ref])
+        results[paths[ref]] = record, False
     return results
 
 
