@@ -332,7 +332,8 @@ def test_an_exported_dictionary_is_imported_again(study: Path, tmp_path: Path, c
     assert main(["export", str(study), name, "--to", "sdxl-unbox", "--out", str(tmp_path / "out")]) == 0
     answer = computed(FROZEN / "saelens-topk")
     assert max(differences(read_dictionary(tmp_path / "out", site=SITE), answer)) < 1e-6
-    assert main(["export", str(study), name, "--to", "sdxl-unbox", "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", str(study), name, "--to", "sdxl-unbox", "--out", str(tmp_path / "out")]) == 0  # the same again
+    assert main(["export", str(study), name, "--to", "sparsify", "--out", str(tmp_path / "out")]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", str(study), name, "--to", "overcomplete", "--out", str(tmp_path / "o"), "--approximate"]) == 0
     assert "The difference is unknown" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Tensor files: the same contents give the same bytes, and no changed byte goes unnoticed."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,18 @@ def test_plain_files_are_those_of_safetensors_also_for_views(tmp_path: Path):
     save_file(tensors, tmp_path / "theirs")
     views = {**tensors, "b": tensors["b"].T.contiguous().T}
     assert write_plain_tensors(tmp_path / "ours", views).read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_full_disk_is_named_while_a_torch_file_is_written(tmp_path: Path):
+    code = (
+        "import resource, signal, sys, torch; from pathlib import Path; from difflex.tensors import write_pickle\n"
+        "from difflex.errors import OutOfSpace\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "try: write_pickle(Path(sys.argv[1]), {'a': torch.ones(10**5)})\n"
+        "except OutOfSpace as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "a.pt"], capture_output=True, text=True)
+    assert "free some space" in run.stdout and not [*tmp_path.iterdir()], run.stderr
 
 
 def test_another_format_is_refused(tmp_path: Path):

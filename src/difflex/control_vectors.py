@@ -19,6 +19,7 @@ from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
 from difflex.files import disk_errors, replacing
 from difflex.records import Site
 from difflex.steering.contrast import Contrast
+from difflex.tensors import write_pickle
 
 __all__ = ["VectorFile", "contrast_of", "is_same_contrast", "layer_of", "read_vectors", "write_vectors"]
 
@@ -71,8 +72,7 @@ def write_vectors(contrast: Contrast, path: Path) -> Path:
         with replacing(path) as temporary:
             temporary.write_bytes(content)
     elif path.suffix == ".pt":
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save({"layer_activations": {layer: direction}, "layer_type": "decoder_block", OURS: text}, file)
+        write_pickle(path, {"layer_activations": {layer: direction}, "layer_type": "decoder_block", OURS: text})
     else:
         raise BadInput(f"{path} is of no known format. End the name in .gguf (repeng, llama.cpp) or .pt (steering-vectors).")
     return path

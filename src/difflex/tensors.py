@@ -14,7 +14,7 @@ from torch import Tensor
 from difflex.errors import BrokenFile
 from difflex.files import CHUNK, HEADER, Json, disk_errors, replacing
 
-__all__ = ["TensorFile", "check_tensors", "read_tensors", "write_plain_tensors", "write_tensors"]
+__all__ = ["TensorFile", "check_tensors", "read_tensors", "write_pickle", "write_plain_tensors", "write_tensors"]
 
 DTYPE_NAMES = {
     torch.bool: "BOOL",
@@ -71,6 +71,19 @@ def write_plain_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Map
         file.write(_head(metadata, tensors))
         for tensor in tensors.values():
             file.writelines(_parts(tensor.detach()))
+    return path
+
+
+def write_pickle(path: Path, content: object) -> Path:
+    """Write what other tools read with `torch.load`, atomically and always with the same bytes, and return `path`."""
+    # Given a path, torch would name the archive after the temporary file.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # such as a full disk, after which its writer does not know where it is
+                raise error.__context__ from None
+            raise
     return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -78,21 +78,18 @@ def _write_safetensors(store: Store, folder: Path, bar: ProgressBar) -> tuple[li
 
 
 def _write_npy(store: Store, folder: Path, bar: ProgressBar) -> tuple[list[Path], list[Shot]]:
-    shots, start, path = list[Shot](), 0, folder / "values.npy"
+    shots, path = list[Shot](), folder / "values.npy"
+    dtype = np.dtype(np.float16 if store.dtype == "fp16" else np.float32)  # NumPy has no bfloat16
     shape = (store.count() + store.count("held-out"), store.width)
-    with replacing(path) as temporary:
-        values: Any = None
+    head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    # Written row by row: on a full disk, writing to a memory map would end the process.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, head)
         for part in store.activations():
             rows = part.values.flatten(0, 1)
-            rows = rows if rows.dtype == torch.float16 else rows.float()  # NumPy has no bfloat16
-            if values is None:
-                dtype = np.float16 if rows.dtype == torch.float16 else np.float32
-                values = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
-            values[start : start + len(rows)] = rows.numpy()
-            start += len(rows)
+            file.write(np.ascontiguousarray(rows.float().numpy(), dtype).data)
             shots.extend(part.shots)
             bar.update(len(rows))
-        values.flush()
     paths = [path]
     for name, numbers in _places(len(shots), store.tokens, 0).items():
         with replacing(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:

@@ -23,7 +23,7 @@ from difflex.interchange.base import (
     with_unit_rows,
 )
 from difflex.interchange.source import ForeignConfig, ForeignSource, ForeignTensors
-from difflex.interchange.writing import write_config, write_pickle
+from difflex.interchange.writing import write_config, write_plain_pickle
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 KINDS: dict[str, SAEKind] = {
@@ -101,7 +101,7 @@ class DictionaryLearningFormat(WritableFormat):
             "layer": str(dictionary.site),
             "lm_name": dictionary.origin.model,
         }
-        paths = [write_pickle(folder / WEIGHTS, _state(dictionary, model_class))]
+        paths = [write_plain_pickle(folder / WEIGHTS, _state(dictionary, model_class))]
         return [*paths, write_config(folder / CONFIG, {"trainer": trainer, "buffer": {}})]
 
     def _class_for(self, sae: SAE) -> str:

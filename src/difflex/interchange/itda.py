@@ -21,7 +21,7 @@ from difflex.errors import BadInput, BrokenFile, NonFinite
 from difflex.files import Json, write_file
 from difflex.interchange.base import FittedDictionary, ForeignDictionary, WritableFormat, refuse_approximation
 from difflex.interchange.source import ForeignConfig, ForeignSource
-from difflex.interchange.writing import ROUNDING, unit_atoms, write_config, write_pickle
+from difflex.interchange.writing import ROUNDING, unit_atoms, write_config, write_plain_pickle
 from difflex.tensors import write_plain_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -140,7 +140,7 @@ class LeaskITDAFormat(WritableFormat):
         lines = "".join(f"{name}: {json.dumps(value)}\n" for name, value in entries.items())
         write_file(folder / METADATA, lines.encode())
         indices = torch.stack([provenance.shots, provenance.tokens], dim=1)
-        paths = [write_pickle(folder / ATOMS, dictionary.atoms), write_pickle(folder / INDICES, indices)]
+        paths = [write_plain_pickle(folder / ATOMS, dictionary.atoms), write_plain_pickle(folder / INDICES, indices)]
         return [*paths, folder / METADATA]
 
 

@@ -23,7 +23,7 @@ from difflex.interchange.base import (
     refuse_approximation,
 )
 from difflex.interchange.source import ForeignSource, ForeignTensors
-from difflex.interchange.writing import write_pickle
+from difflex.interchange.writing import write_plain_pickle
 
 WEIGHTS = "state_dict.pt"
 ENCODER = "encoder.final_block.0"
@@ -101,7 +101,7 @@ class OvercompleteFormat(WritableFormat):
         }
         if weights.thresholds is not None:
             state["thresholds"] = weights.thresholds.clamp_min(SMALLEST).log()
-        return [write_pickle(folder / WEIGHTS, state)]
+        return [write_plain_pickle(folder / WEIGHTS, state)]
 
 
 def _check_class(tensors: ForeignTensors) -> None:

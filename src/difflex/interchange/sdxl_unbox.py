@@ -11,7 +11,7 @@ from difflex.dictionaries import SAE, CodeStatistics, Dictionary
 from difflex.errors import NonFinite
 from difflex.interchange.base import FittedDictionary, ForeignDictionary, WritableFormat, encoder_bias, foreign_sae, plain_sae
 from difflex.interchange.source import ForeignSource
-from difflex.interchange.writing import write_config, write_pickle
+from difflex.interchange.writing import write_config, write_plain_pickle
 
 CONFIG, WEIGHTS = "config.json", "state_dict.pth"
 MEAN, STD = "mean.pt", "std.pt"
@@ -65,4 +65,4 @@ class SDXLUnboxFormat(WritableFormat):
         }
         entries = {"n_dirs_local": dictionary.size, "d_model": dictionary.width, "k": dictionary.k}
         entries |= {"auxk": None, "dead_steps_threshold": 0}
-        return [write_pickle(folder / WEIGHTS, {"state_dict": state}), write_config(folder / CONFIG, entries)]
+        return [write_plain_pickle(folder / WEIGHTS, {"state_dict": state}), write_config(folder / CONFIG, entries)]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from difflex.errors import BrokenFile
-from difflex.files import replacing, write_file
+from difflex.files import write_file
+from difflex.tensors import write_pickle
 
 ROUNDING = 2e-2
 """How far rows that were saved in 16 bits may be from norm one, or from each other."""
@@ -22,11 +23,9 @@ def write_config(path: Path, entries: Mapping[str, object]) -> Path:
     return path
 
 
-def write_pickle(path: Path, content: Mapping[str, object] | Tensor) -> Path:
+def write_plain_pickle(path: Path, content: Mapping[str, object] | Tensor) -> Path:
     """Write a tensor, or tensors by name, also nested, as `torch.save` does, and return the path."""
-    with replacing(path) as temporary, temporary.open("wb") as file:  # a path would name the archive after the temporary file
-        torch.save(_plain(content), file)
-    return path
+    return write_pickle(path, _plain(content))
 
 
 def unit_atoms(atoms: Tensor, path: Path, name: str) -> Tensor:
