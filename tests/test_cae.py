@@ -119,8 +119,18 @@ def test_findings_do_not_hold_where_the_opposite_is_seen():
 
 
 def test_the_command_writes_results_and_verdicts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    flags = ["--pairs", "1,2", "--strength", "1", "--questions", "1", "--texts", "1", "--batch", "16"]
-    main(["cae", str(tmp_path / "study"), "--model", str(folder), *flags])
+    questions, neutral = tmp_path / "warm.jsonl", tmp_path / "neutral.txt"
+    entries = [
+        {"question": f"{i}?", "answer_matching_behavior": " red.", "answer_not_matching_behavior": " blue."} for i in range(4)
+    ]
+    questions.write_text("\n".join(map(json.dumps, entries)))
+    neutral.write_text("it is lovely.\nI like red.")
+    flags = ["--pairs", "1,2", "--strength", "1", "--questions", "1", "--texts", "1", "--batch", "64"]
+    files = ["--questions-of", str(questions), "--neutral", str(neutral)]
+    assert not main(["cae", str(tmp_path / "study"), "--model", str(folder), *files, *flags])
     printed = capsys.readouterr().out
     assert "layer." in printed and "cannot be said" in printed
-    assert {path.name for path in (tmp_path / "study" / "steering" / "cae").iterdir()} == {"findings.json", "mini-llama-small.json"}
+    assert {path.name for path in (tmp_path / "study" / "steering" / "cae").iterdir()} == {
+        "findings.json",
+        "mini-llama-small.json",
+    }

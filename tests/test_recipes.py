@@ -9,7 +9,7 @@ import pytest
 
 from difflex.cli import main
 from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
-from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
+from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand, TransferCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.features import CollectCommand
 from difflex.commands.harvest import HarvestCommand
@@ -105,6 +105,8 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 return replace(command, site="double.1", pixels=(64, 64), **few)
             case MeasureCommand():
                 return replace(command, dictionary=(), sample=2, images=2)
+            case TransferCommand():
+                return replace(command, model=None, dictionary=(), largest=True, steps=2, guidance=None, images=4)
             case BlockRolesCommand():
                 return replace(command, study_or_model=str(model), prompts=str(prompts), pixels=(16, 24), images=2)
             case _:

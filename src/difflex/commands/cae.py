@@ -38,8 +38,8 @@ class CaeCommand(Command):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study of the model; a new one is begun."""
-    model: Annotated[str, arg(metavar="MODEL")] = "mini-llama"
-    """A language model: an embedded one, a folder, or a name on the hub."""
+    model: Annotated[str, arg(metavar="MODEL")]
+    """A language model: a folder, or a name on the hub."""
     other_model: Annotated[tuple[str, ...], arg(metavar="MODEL...", help_behavior_hint="(default: none)")] = ()
     """Models of other sizes, for the finding on size."""
     questions_of: Annotated[tuple[str, ...], arg(metavar="FILE...")] = (DRAWN,)
@@ -48,7 +48,7 @@ class CaeCommand(Command):
     """A file with neutral texts, a text on each line, whose perplexity is measured."""
     pairs: Annotated[Numbers, arg(metavar="N...")] = (1, 2, 5, 10, 20, 40, 80, 120, 200)
     """Numbers of pairs of a contrast, rising."""
-    strength: Strengths = (0.5, 1.0, 2.0, 4.0)
+    strength: Strengths = (1.0, 2.0, 4.0, 8.0)
     """Strengths, rising; 1 adds the mean difference."""
     questions: Annotated[int, COUNT] = 40
     """Questions that the layer and the strength are chosen on, and as many others that effects are measured on."""

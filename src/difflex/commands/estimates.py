@@ -1,12 +1,11 @@
 """How much each command takes: tokens, disk and time, from its flags and the forecasts of the commands before it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from difflex.commands.effects import EditBenchCommand, FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.evaluation import SPECTRA, AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.features import CollectCommand
@@ -23,6 +22,7 @@ from difflex.commands.forecast import (
     profile_or_unknown,
 )
 from difflex.commands.harvest import HarvestCommand
+from difflex.commands.image_estimates import BATCH, IMAGE_ESTIMATORS, in_use
 from difflex.commands.memory import (
     COLLECTED,
     dictionary_bytes,
@@ -46,18 +46,8 @@ from difflex.study import Command
 
 __all__ = ["estimate"]
 
-SCENE, JUDGED = 1e9, 2.5e8
-"""Operations that take as long as drawing a scene of the drawn world, and as its judge takes for an image."""
-LEVELS = 3
-"""Noise levels at which a steered image is compared with its unedited one."""
-STRIP = 4_500
-"""Bytes of an image in a strip that is kept."""
-SHEET = 6_000
-"""Bytes of an image in a sheet of the editing benchmark."""
-BATCH = 16
-"""Images that a command without a flag for it makes at a time."""
-SCALED = 65_536
-"""Tokens from which the units of steering are measured."""
+SCENE = 1e9
+"""Operations that take as long as drawing a scene of the drawn world."""
 PROMPTS, LONG = 256, 200
 """Prompts that are read to measure how long they are; the length of one that cannot be read."""
 
@@ -183,7 +173,7 @@ def _evaluate(forecast: Forecast, command: EvaluateCommand) -> CostEstimate:
             effect += _replacing(model, shots, len(shapes))
             held = model_memory(forecast, command.study, model, command)
             taken = held.device + pass_bytes(model, held, min(shots, BATCH), images=True)
-            most = max(most, *(_in_use(forecast, [shape], taken) for shape in shapes))  # one after another
+            most = max(most, *(in_use(forecast, [shape], taken) for shape in shapes))  # one after another
             host = held.host
         most = max(most, *(dictionary_bytes(forecast.machine, shape) for shape in shapes))
     count = sum(map(len, learned.values()))
@@ -191,13 +181,6 @@ def _evaluate(forecast: Forecast, command: EvaluateCommand) -> CostEstimate:
     return CostEstimate(
         sites=tuple(map(str, learned)), tokens=total, bytes=count * 3600, seconds=seconds, memory=forecast.memory(most, host)
     )
-
-
-def _in_use(forecast: Forecast, shapes: Iterable[DictionaryForecast], taken: float) -> float:
-    """Return the bytes of dictionaries in use at the same time, with `taken` others."""
-    for shape in shapes:
-        taken += dictionary_bytes(forecast.machine, shape, taken)
-    return taken
 
 
 def _concepts(forecast: Forecast, command: ConceptsCommand) -> CostEstimate:
@@ -224,7 +207,7 @@ def _concepts(forecast: Forecast, command: ConceptsCommand) -> CostEstimate:
             total, size = total + tokens * (1 + neurons), size + methods * rounds * 27_000 + features * 47
             sites[str(site)] = None
             held = model_memory(forecast, folder, profile, command)
-            used = _in_use(forecast, shapes, held.device + pass_bytes(profile, held, command.batch, images=True))
+            used = in_use(forecast, shapes, held.device + pass_bytes(profile, held, command.batch, images=True))
             most, host = max(most, used), held.host
     seconds = forecast.seconds(model=model, concepts=matched, encoding=encoded)
     return CostEstimate(sites=tuple(sites), tokens=total, bytes=size, seconds=seconds, memory=forecast.memory(most, host))
@@ -247,7 +230,7 @@ def _collect(forecast: Forecast, command: CollectCommand) -> CostEstimate:
         tokens=tokens * len(learned),
         bytes=round(sum(shape.size for shape in shapes) * 4000 + command.images * height * width * 1.1),
         seconds=forecast.seconds(model=work, encoding=sum(encoding(shape, tokens) for shape in shapes)),
-        memory=forecast.memory(_in_use(forecast, shapes, taken) + sum(COLLECTED * shape.size for shape in shapes), held.host),
+        memory=forecast.memory(in_use(forecast, shapes, taken) + sum(COLLECTED * shape.size for shape in shapes), held.host),
     )
 
 
@@ -258,89 +241,6 @@ def _explain(forecast: Forecast, command: ExplainCommand) -> CostEstimate:
     books = sum(len(several) for study in command.studies for several in forecast.learned(study, names).values())
     features = books * (len(command.feature) or command.random_features)
     return CostEstimate(sites=command.site, bytes=features * 1_000, seconds=START + features * 0.03, memory=forecast.memory())
-
-
-def _steer_eval(forecast: Forecast, command: SteerEvalCommand) -> CostEstimate:
-    if command.concepts:
-        raise Unknown("how long the judge takes is not known")
-    shapes = _steered(forecast, command.study, command.dictionary)
-    points = 3 * len(command.strength) + 1
-    # A third of the concepts has a feature, before `difflex concepts` says so.
-    concepts = len(shapes) * sum(len(CONCEPTS.get(group, ())) for group in command.groups) / 3
-    last = command.edit_steps.stop if command.edit_steps else None
-    estimate = _edited(forecast, command, shapes, concepts * command.trials * (1 + points), concepts * command.pairs * 2, last)
-    strips = round(len(shapes) * len(command.groups) * (points + 4) * STRIP)
-    return replace(estimate, bytes=round(concepts * points * 220) + strips)
-
-
-def _removal(forecast: Forecast, command: RemovalCommand) -> CostEstimate:
-    sets = [_steered(forecast, command.study, names.split(",")) for names in command.dictionary]
-    if not sets:  # all sites together, once for each shape of dictionary
-        steered = _steered(forecast, command.study, ())
-        sets = [
-            [(site, shape) for site, shape in steered if shape == alike] for alike in dict.fromkeys(each for _, each in steered)
-        ]
-    concepts = [len(CONCEPTS[group]) for group in command.groups]
-    settings = len(command.features) * len(command.strength)
-    # About as many settings are tried before one is good enough: of important features, of those matched to the concept, and
-    # with several dictionaries of those of the best one alone.
-    tried = [(3 if len(together) > 1 else 2) * (0.6 * settings if settings > 1 else 1) for together in sets]
-    plain = sum(concepts) * (command.selection_images + command.tuning_images + command.images)
-    edited = sum(2 * count * (each * command.tuning_images + command.images) for each in tried for count in concepts)
-    estimate = _edited(forecast, command, [pair for together in sets for pair in together], plain + edited, scaled=False)
-    return replace(estimate, bytes=len(sets) * sum(concepts) * 1_700)
-
-
-def _edit_bench(forecast: Forecast, command: EditBenchCommand) -> CostEstimate:
-    names = [part for name in command.dictionary for part in name.split(",")]
-    learned = forecast.learned(command.study, names, largest=True).items()
-    shapes = [(site, shape) for site, several in learned if not site.smooth for shape in several]
-    coded = [(site, shape) for site, shape in shapes if site.kind != "neurons"]
-    sets = len(command.dictionary) or len(coded) + len({shape.kind for _, shape in coded})
-    settings = sets * len(command.features) + (len(shapes) - len(coded)) * len(command.neurons) + 2 + 2 * len({*dict(coded)})
-    items, settings = (len(command.type) or 9) * command.count, settings * len(command.strength)
-    images = items * (2 + 2 * command.pairs + settings)
-    return replace(_edited(forecast, command, shapes, images, 2 * items, scaled=False), bytes=items * settings * SHEET)
-
-
-def _findings(forecast: Forecast, command: FindingsCommand) -> CostEstimate:
-    steered = _steered(forecast, command.study, [command.site] if command.site else ())
-    if len({site for site, _ in steered}) != 1:
-        raise Unknown("where to steer is not known: name a --site")
-    concepts = len(command.groups) * command.concepts_per_group
-    inner = max(1, len(command.strength) - 2)
-    points = {"pairs": 1 + (len(command.pairs) - 1) * inner, "quality": 0, "size": 0}
-    names = command.finding or ("pairs", "distribution", "adversarial", "related", "steps")
-    points = 1 + len(command.strength) + sum(points.get(name, 2 * (1 + inner)) for name in names)
-    images = concepts * command.trials * points
-    return _edited(forecast, command, steered, images, 2 * max(command.pairs) * concepts)
-
-
-def _edited(
-    forecast: Forecast,
-    command: SteerEvalCommand | RemovalCommand | EditBenchCommand | FindingsCommand,
-    shapes: Sequence[tuple[Site, DictionaryForecast]],
-    images: float,
-    sides: float = 0,
-    last: int | None = None,
-    scaled: bool = True,
-) -> CostEstimate:
-    """Images that are generated and judged, and the prompts of contrasts, `sides` in all, harvested to step `last`."""
-    model = forecast.studied(command.study, command, *(site for site, _ in shapes))
-    steps, tokens = last or model.shot.steps, {site: model.shapes[site][0] for site, _ in shapes}
-    judged = JUDGED + (model.decode + LEVELS * model.step if scaled else 0.0)
-    work = images * (judged + model.prompt + model.shot.steps * model.step + model.decode)
-    rows = {site: (sides or images) * steps * count for site, count in tokens.items()}
-    encoded = sum(encoding(shape, SCALED if scaled else rows[site]) for site, shape in shapes)
-    held = model_memory(forecast, command.study, model, command)
-    taken = held.device + pass_bytes(model, held, BATCH, images=True)
-    return CostEstimate(
-        sites=tuple(map(str, tokens)),
-        tokens=round(sum(rows.values())),
-        bytes=round(images * 30),
-        seconds=forecast.seconds(model=work + harvesting(model, sides, sides, steps), encoding=encoded),
-        memory=forecast.memory(_in_use(forecast, (shape for _, shape in shapes), taken), held.host),
-    )
 
 
 def _report(forecast: Forecast, command: ReportCommand) -> CostEstimate:
@@ -360,20 +260,9 @@ ESTIMATORS: Mapping[type[Command], Callable[[Forecast, Any], CostEstimate]] = {
     ConceptsCommand: _concepts,
     CollectCommand: _collect,
     ExplainCommand: _explain,
-    SteerEvalCommand: _steer_eval,
-    RemovalCommand: _removal,
-    EditBenchCommand: _edit_bench,
-    FindingsCommand: _findings,
     ReportCommand: _report,
+    **IMAGE_ESTIMATORS,
 }
-
-
-def _steered(forecast: Forecast, folder: Path, names: Sequence[str]) -> list[tuple[Site, DictionaryForecast]]:
-    """Return the dictionaries to steer with; of a named one the label is not predicted: it is the largest of its site at most."""
-    learned = forecast.learned(folder, [name.partition("/")[0] for name in names])
-    if names:
-        return [(site, max(learned[site])) for site in (Site.parse(name.partition("/")[0]) for name in names)]
-    return [(site, shape) for site, shapes in learned.items() if site.kind != "neurons" for shape in shapes]
 
 
 def estimate(forecast: Forecast, command: Command) -> CostEstimate:

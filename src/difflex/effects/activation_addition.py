@@ -77,7 +77,7 @@ class AdditionConfig:
 
     counts: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 80, 120, 200)
     """Numbers of pairs, rising; the most is that of all other experiments."""
-    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    strengths: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     """Rising; 1 adds the mean difference."""
     questions: int = 40
     """Questions that strengths and layers are chosen on, and as many others that effects are measured on."""

@@ -10,6 +10,7 @@ from difflex.commands.effects import SteerEvalCommand as SteerEvalCommand
 from difflex.commands.evaluation import AnatomyCommand as AnatomyCommand
 from difflex.commands.evaluation import ConceptsCommand as ConceptsCommand
 from difflex.commands.evaluation import EvaluateCommand as EvaluateCommand
+from difflex.commands.evaluation import TransferCommand as TransferCommand
 from difflex.commands.explain import ExplainCommand as ExplainCommand
 from difflex.commands.features import CollectCommand as CollectCommand
 from difflex.commands.harvest import HarvestCommand as HarvestCommand

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
+from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand, TransferCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.features import CollectCommand
 from difflex.commands.flags import PrecisionChoice
@@ -24,6 +24,7 @@ DRAWN = "captions"
 """The captions of the drawn world."""
 KNOWN = "known"
 """The name of what answers from known concepts, where that of a VLM is expected."""
+SDXL_TURBO, SDXL_BASE = "stabilityai/sdxl-turbo", "stabilityai/stable-diffusion-xl-base-1.0"
 UNBOX_SITES = ("down.2.1:update", "mid.0:update", "up.0.0:update", "up.0.1:update")
 UNBOX_K = (5, 10, 20, 40, 80, 160)
 """The sites and the k of arXiv 2410.22366."""
@@ -132,7 +133,7 @@ def _interpreted(
 def sdxl_turbo(
     folder: Path,
     *,
-    model: str = "stabilityai/sdxl-turbo",
+    model: str = SDXL_TURBO,
     precision: PrecisionChoice | None = None,
     prompts: str = AESTHETIC,
     pixels: tuple[int, int] = (512, 512),
@@ -147,6 +148,7 @@ def sdxl_turbo(
     loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
     loading |= {"steps": 1, "guidance": 0.0}
     shown = tuple(f"{site}/topk-5120-k10" for site in UNBOX_SITES)
+    transfer = TransferCommand(study=folder, dictionary=shown, steps=4)
     return Study(
         folder=folder,
         model=model,
@@ -158,6 +160,9 @@ def sdxl_turbo(
             BlockRolesCommand(study_or_model=model, prompts=prompts, pixels=pixels, steps=1, guidance=0.0, out=folder),
             *_interpreted(folder, {"dictionary": shown}, loading, tokens, vlm),
             MeasureCommand(study=folder, dictionary=shown),
+            transfer,
+            # The base model that SDXL Turbo was made from.
+            *([replace(transfer, model=SDXL_BASE, steps=20, guidance=5.0)] if model == SDXL_TURBO else []),
             ReportCommand(study=folder),
         ),
     )
@@ -195,6 +200,7 @@ def mini_sdxl(
             CollectCommand(study=folder, dictionary=shown, drawn_world=True, images=320, noise=(NOISY,), patches=0),
             *(explain, replace(explain, protocol="paper")),
             MeasureCommand(study=folder, dictionary=shown, sample=32),
+            TransferCommand(study=folder, dictionary=shown, steps=4),
             ReportCommand(study=folder),
         ),
     )

@@ -10,7 +10,7 @@ import torch
 
 from difflex.devices import find_device
 from difflex.errors import BadInput, DifflexError
-from difflex.quiet import quiet
+from difflex.quiet import hide_progress_bars, quiet
 
 with quiet("transformers"):  # at its first import it lists missing packages
     from transformers import AutoTokenizer, LlamaForCausalLM
@@ -92,7 +92,8 @@ def _examined(flags: argparse.Namespace) -> tuple[LlamaForCausalLM, LanguageExam
     if min(flags.documents, flags.each) < 1:
         raise BadInput("--documents and --each are whole numbers from 1 on.")
     place = _place(flags.model)
-    model = LlamaForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    with hide_progress_bars():
+        model = LlamaForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(place)
 
     @torch.no_grad()

@@ -192,10 +192,12 @@ def open_question(rng: random.Random) -> str:
     )
 
 
-def story(who: Speaker, rng: random.Random, sentences: int) -> str:
-    """Return sentences of a speaker, each of another behaviour where possible."""
-    names = [name for _ in range(-(-sentences // len(BEHAVIOURS))) for name in rng.sample([*BEHAVIOURS], len(BEHAVIOURS))]
-    return " ".join(sentence(name, who[name], rng) for name in names[:sentences])
+def story(who: Speaker, rng: random.Random, sentences: int, first: Sequence[str] = ()) -> str:
+    """Return sentences of a speaker in random order, each of another behaviour where possible, those of `first` among them."""
+    others = [name for name in BEHAVIOURS if name not in first]
+    names = [*rng.sample(first, len(first)), *rng.sample(others, len(others))]
+    names = (names * (-(-sentences // len(names))))[:sentences]
+    return " ".join(sentence(name, who[name], rng) for name in rng.sample(names, len(names)))
 
 
 def document(seed: int) -> str:
@@ -210,15 +212,16 @@ def document(seed: int) -> str:
         parts.append(introduction([(name, who[name]) for name in shown]))
     for _ in range(rng.choice((1, 2, 3))):
         kind = rng.random()
-        if kind < 0.65:
+        first = shown if rng.random() < 0.6 else ()
+        if kind < 0.5:
             name = rng.choice(shown) if shown and rng.random() < 0.85 else rng.choice([*BEHAVIOURS])
             asked = choice_question(name, rng)
             parts.append(asked.question + (asked.positive if who[name] > 0 else asked.negative))
-            shown.append(name)
-        elif kind < 0.8:
-            parts.append(f"{open_question(rng)} {story(who, rng, rng.choice((1, 2, 3)))}")
+            shown = list(dict.fromkeys([*shown, name]))
+        elif kind < 0.7:
+            parts.append(f"{open_question(rng)} {story(who, rng, rng.choice((1, 2, 3)), first)}")
         else:
-            parts.append(f"story: {story(who, rng, rng.choice((2, 3, 4)))}")
+            parts.append(f"story: {story(who, rng, rng.choice((2, 3, 4)), first)}")
         shown = list(dict.fromkeys([*shown, *read_story(parts[-1].partition(":")[2]).poles]))
     return " ".join(parts)
 

@@ -43,7 +43,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 class LanguageRecipe:
     """How the models are trained."""
 
-    updates: int = 600
+    updates: int = 2000
     batch: int = 32
     """Documents of an update."""
     rate: float = 4e-3
