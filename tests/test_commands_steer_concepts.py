@@ -101,10 +101,10 @@ def run_and_die(command: list[str]) -> None:
     """Run a command in a process that is killed as soon as one concept is finished."""
     save = SteeredConcept.save
 
-    def dying(part: SteeredConcept, path: Path) -> Path:
-        save(part, path)
+    def dying(self: SteeredConcept, path: Path | str) -> Path:
+        save(self, path)
         os.kill(os.getpid(), signal.SIGKILL)
-        return path
+        return Path(path)
 
     SteeredConcept.save = dying
     main(command)

@@ -390,10 +390,10 @@ def run_and_die(command: list[str]) -> None:
     """Run a command in a process that is killed as soon as one concept is finished."""
     save = FinishedRemoval.save
 
-    def dying(part: FinishedRemoval, path: Path) -> Path:
-        save(part, path)
+    def dying(self: FinishedRemoval, path: Path | str) -> Path:
+        save(self, path)
         os.kill(os.getpid(), signal.SIGKILL)
-        return path
+        return Path(path)
 
     FinishedRemoval.save = dying
     main(command)

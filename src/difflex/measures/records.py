@@ -131,7 +131,7 @@ class FeatureMeasures(JsonRecord):
 
 def measures_table(records: Sequence[FeatureMeasures]) -> str:
     """Return a text table with a row for each dictionary and measure."""
-    rows = [("dictionary", "measure", "features", "value", "random feature", "above it", "")]
+    rows: list[Sequence[str]] = [("dictionary", "measure", "features", "value", "random feature", "above it", "")]
     for record in records:
         for measure, text in MEASURES.items():
             estimate = record.estimates.get(measure)

@@ -77,7 +77,7 @@ def _measure(study: Study, place: DictionaryRef, meter: FeatureMeter, measures: 
         if is_reused := all(record.is_complete(measure) for measure in measures):
             return MeasuredDictionary(path, record, is_reused)
         for name, stage in STAGES.items():
-            open_measures = [measure for measure in stage.measures if not record.is_complete(measure)]
+            open_measures: list[MeasureName] = [measure for measure in stage.measures if not record.is_complete(measure)]
             if not set(open_measures) & set(measures):
                 continue
             if len({record.done.get(measure, 0) for measure in open_measures}) > 1:  # killed, then begun with another similarity
