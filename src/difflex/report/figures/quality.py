@@ -295,7 +295,7 @@ def _images(evaluated: Iterable[DictionaryFacts]) -> list[ReportFigure]:
         formula="mean over pixels and channels of |edited - unedited|, from 0 to 255; mean over images",
         columns=("dictionary", "kind", "images", "EV", "L1 mean", "L1 median", "PSNR", *names, "L1 mean, zero"),
         rows=rows,
-        drawings=[plot("distance against EV", about, x, y, curves)],
-        legend=[curve.series for curve in curves],
+        drawings=[plot("distance against EV", about, x, y, curves)] if len(rows) > 1 else [],
+        legend=[curve.series for curve in curves] if len(rows) > 1 else [],
     )
     return [figure]
