@@ -107,6 +107,7 @@ def test_every_matrix_of_the_blocks_and_every_kernel_is_trained_by_muon_and_all_
     assert [name for name, x in model.named_parameters() if (x.grad is None) == x.requires_grad] == []
 
 
+@pytest.mark.slow
 def test_a_training_that_stops_ends_with_the_same_bits(run, monkeypatch, tmp_path):
     train_flow(run, ["tiny"], SHORT, CPU)
     other = TrainingFolder(tmp_path / "other")
