@@ -48,7 +48,7 @@ class DictionaryConfig:
 
     @property
     def excluded(self) -> frozenset[int]:
-        """The features that whoever published the dictionary excludes from lists of what fires."""
+        """The features that the publisher of the dictionary excludes from lists of what fires."""
         entries = self.training.get("imported")
         numbers = entries.get("excluded") if isinstance(entries, dict) else None
         return frozenset(number for number in numbers if isinstance(number, int)) if isinstance(numbers, list) else frozenset()

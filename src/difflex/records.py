@@ -167,7 +167,7 @@ class HookContext:
     grid: tuple[int, int] | None
     """Rows and columns of the image tokens; None for text."""
     steps: int | None = None
-    """The number of denoising steps, as the scheduler runs them: PNDM runs one more than it is asked for. None if unknown."""
+    """The number of denoising steps, as the scheduler runs them: PNDM runs one more than requested. None if unknown."""
 
 
 class ActivationBatch(NamedTuple):
