@@ -189,7 +189,7 @@ class Catalogue:
         return self._table(ref).columns
 
     def excluded(self, ref: DictionaryRef) -> frozenset[int]:
-        """Return the features that whoever published the dictionary excludes from lists of what fires."""
+        """Return the features that the publisher of the dictionary excludes from lists of what fires."""
         return read_config(self.study.dictionary(*ref)).excluded
 
     def tiles(self, ref: DictionaryRef, features: Sequence[int]) -> list[TileAnswer]:
