@@ -23,7 +23,8 @@ from difflex.web import Studio
 from difflex.web.studio import PaintChoices
 
 ERASED = [0, 0, 0, 255, 0, 0] + [0] * 6 + [0, 0, 0, 255, 0, 0] * 2
-PIXELS = """image => {
+PIXELS = """async image => {
+  await image.decode();
   const canvas = Object.assign(document.createElement("canvas"), { width: image.naturalWidth, height: image.naturalHeight });
   const pen = canvas.getContext("2d");
   pen.drawImage(image, 0, 0);
