@@ -1,6 +1,7 @@
 """The miniature SDXL: the sites of arXiv 2410.22366 exist, training has the conventions of the pipeline, and it is exported."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from difflex.miniature.exporting import generate_images, write_card
 from difflex.miniature.flow import SIZES, CaptionTokens, FlowBatch, FlowRecipe, FlowSize, draw_latents, flow_loss
 from difflex.miniature.learner import FlowLearner
 from difflex.miniature.patches import PatchComponents, patch_vae, write_encoder
-from difflex.miniature.sdxl import MiniatureSdxlConfig
+from difflex.miniature.sdxl import PLACE_WEIGHT, MiniatureSdxlConfig
 from difflex.miniature.training import TrainingFolder, train_flow
 from difflex.miniature.world import SceneMix
 from difflex.tensors import read_tensors
@@ -107,6 +108,23 @@ def test_every_matrix_of_the_blocks_and_every_kernel_is_trained_by_muon_and_all_
     assert [name for name, x in model.named_parameters() if (x.grad is None) == x.requires_grad] == []
 
 
+def test_places_are_read_from_the_layer_before_the_sites_and_learned_within_a_few_updates():
+    pipeline = TINY.pipeline(0)
+    model, ids = TINY.model(pipeline), CaptionTokens(pipeline)(["a red star"] * 4)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    def loss() -> float:
+        model.velocity(torch.randn(4, 1024, 8), torch.full((4,), 999), *ids)
+        extra = torch.as_tensor(model.extra_loss())
+        optimiser.zero_grad()
+        extra.backward()
+        optimiser.step()
+        return extra.item() / PLACE_WEIGHT
+
+    losses = [loss() for _ in range(40)]
+    assert losses[0] > 0.9 * math.log(8) and losses[-1] < 0.6 * losses[0]
+
+
 @pytest.mark.slow
 def test_a_training_that_stops_ends_with_the_same_bits(run, monkeypatch, tmp_path):
     train_flow(run, ["tiny"], SHORT, CPU)
@@ -130,7 +148,7 @@ def test_a_training_that_stops_ends_with_the_same_bits(run, monkeypatch, tmp_pat
 
 
 def test_an_autoencoder_that_the_package_lacks_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "DECODER_UPDATES", 2)
+    monkeypatch.setattr(MiniatureSdxlConfig, "decoder_updates", 2)
     monkeypatch.setattr(training, "draw", lambda seeds: draw(seeds[:16]))
     monkeypatch.setattr(MiniatureSdxlConfig, "autoencoder", "mini-nothing")
     training.train(tmp_path, ["tiny"], FlowRecipe(length=1, batch=2), CPU)
@@ -159,7 +177,7 @@ def test_an_exported_model_is_a_pipeline_that_difflex_loads(run, tmp_path, monke
     assert {"down.2.1", "mid.0", "up.0.0", "up.0.1"} <= sites
     write_card(model, {"4 steps": {"all": {}, "unseen combinations": {"shape and colour": 0.9}}})
     card = (model / "README.md").read_text()
-    assert "`StableDiffusionXLPipeline`" in card and "[8, 8, 16] channels" in card and "velocity prediction in bfloat16" in card
+    assert "`StableDiffusionXLPipeline`" in card and "[8, 8, 16] channels" in card and "velocity prediction, in bfloat16" in card
 
 
 def test_the_grid_at_the_four_sites_is_eight_by_eight():

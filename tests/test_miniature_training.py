@@ -504,8 +504,8 @@ def test_the_embedded_autoencoder_is_used_unless_the_run_has_its_own(tmp_path, p
 
 
 def test_a_training_from_scratch_makes_its_own_judge_and_autoencoder(tmp_path, monkeypatch):
-    for name in ("JUDGE_UPDATES", "DECODER_UPDATES"):
-        monkeypatch.setattr(training, name, 3)
+    monkeypatch.setattr(training, "JUDGE_UPDATES", 3)
+    monkeypatch.setattr(MiniatureFluxConfig, "decoder_updates", 3)
     for module in (training, judge):
         monkeypatch.setattr(module, "draw", lambda seeds: draw(seeds[:16]))
     recipe = replace(SHORT, length=2)

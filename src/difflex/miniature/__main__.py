@@ -51,12 +51,12 @@ def main() -> None:
     )
     length = verb.add_mutually_exclusive_group()
     length.add_argument(
-        "--updates", type=_number(int, 1), help="length of the recipe; by default on a CPU 10,888, of mini-sdxl 24,000"
+        "--updates", type=_number(int, 1), help="length of the recipe; by default on a CPU 10,888, of mini-sdxl 12,000"
     )
     length.add_argument(
         "--minutes", type=_number(float, 0.01), help=f"length of the recipe by the clock; default on a GPU: {MINUTES:g}"
     )
-    verb.add_argument("--batch", type=_number(int, 1), help="scenes of an update; by default 512, of mini-sdxl 64")
+    verb.add_argument("--batch", type=_number(int, 1), help="scenes of an update; by default 512, of mini-sdxl 32")
     verb.add_argument("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one")
     verb.add_argument("--threads", type=_number(int, 1), default=torch.get_num_threads(), help="CPU threads")
     verb.add_argument(

@@ -57,6 +57,10 @@ class FlowModel(nn.Module, ABC):
     def velocity(self, noisy: Tensor, time: Tensor, text: Tensor, text_2: Tensor) -> Float[Tensor, "scene position channel"]:
         """Predict the target of noisy latents for captions as ids of both text encoders."""
 
+    def extra_loss(self) -> Tensor | float:
+        """Return what is added to the loss of the last prediction."""
+        return 0.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class MiniatureConfig(ABC):
@@ -68,6 +72,8 @@ class MiniatureConfig(ABC):
     """Channels of the VAE."""
     pack: ClassVar[int]
     """Latents along the side of a position of the denoiser's input."""
+    decoder_updates: ClassVar[int]
+    """Of the training of the VAE's decoder."""
     autoencoder: ClassVar[str]
     """The embedded model whose VAE it has."""
     family: ClassVar[str]

@@ -41,15 +41,17 @@ tools can be checked against the truth.
   ({recipe[mixes][0][1]:.0%}), two or three equal ones ({recipe[mixes][0][2]:.0%}); in the last {late:.0%} of the training before
   guidance {recipe[mixes][1][0]:.0%}, {recipe[mixes][1][1]:.0%} and {recipe[mixes][1][2]:.0%}. A fixed tenth of the (shape,
   colour, texture) combinations never appears. {recipe[drop_caption]:.0%} of the captions are empty.
-- Loss: {loss} in bfloat16. {place} on an object weighs up to {weight:g} times as much as one on the background;
-  the extra weight falls to zero between noise levels {recipe[doubt][0]} and {recipe[doubt][1]}. Noise levels are the sigmoid of
-  normal numbers of mean {recipe[levels][0][0]} and spread {recipe[levels][0][1]}, in that last part {recipe[levels][1][0]} and
-  {recipe[levels][1][1]}. There is no other loss: no head reads concepts from the activations.
+- Loss: {loss}, in bfloat16 on a GPU, in float32 on a CPU. {place} on an object
+  weighs up to {weight:g} times as much as one on the background; the extra weight falls to zero between noise levels
+  {recipe[doubt][0]} and {recipe[doubt][1]}. Noise levels are the sigmoid of normal numbers of mean {recipe[levels][0][0]} and
+  spread {recipe[levels][0][1]}, in that last part {recipe[levels][1][0]} and {recipe[levels][1][1]}.
+  {heads}
 - Optimisers: Muon for the matrices of the blocks (learning rate {record.muon_rate:g}), AdamW for the rest
   ({record.adam_rate:g}), level until {recipe[decay_from]:.0%} of the training before guidance, then along a cosine to 2%.
   {record.updates:,} updates of {recipe[batch]} scenes. The weights are a running average ({recipe[averaging][0]} an update).
 - Guidance: {guidance}
-- Autoencoder: the encoder is the principal components of 4 x 4 patches, in closed form; the decoder was trained on its latents.
+- Autoencoder: the encoder is the principal components of {patch} x {patch} patches, in closed form; the decoder was trained
+  on its latents.
 {notes}
 ## Results
 Captions that training never saw, with one image each. An attribute counts only where the caption states it, and it is correct
@@ -75,6 +77,8 @@ SDXL = """A text-to-image model with the architecture of SDXL, small enough to b
 layers each ({text_width} wide), an `AutoencoderKL` and an `EulerDiscreteScheduler` whose first step begins at noise alone.
 {pixels} x {pixels} pixels are 8 x 8 positions at the attention blocks `down.2.0`, `down.2.1`, `mid.0`, `up.0.0`, `up.0.1` and
 `up.0.2`; unlike in SDXL, the middle resolution has no attention"""
+PLACES = """A linear head reads the row and the column of each place from the last residual layer before `down.2.1`, for a
+  U-Net has no positional encoding; no head reads concepts."""
 PLAIN = """none is folded in, unlike in `{base}`, which was trained further from these weights. Guidance of
   {recipe[guidance]:g} takes a second call in each step, with the empty caption (`{flag}={recipe[guidance]:g}`)."""
 
@@ -219,7 +223,9 @@ def write_card(model: Path, examinations: dict[str, Examination]) -> None:
         name=model.name,
         architecture=_describe_unet(pipeline) if is_unet else _describe_flux(pipeline),
         loss="plain diffusion, velocity prediction" if is_unet else "plain rectified flow",
+        patch=2 ** (len(pipeline.vae.config["block_out_channels"]) - 1),
         place="A place" if is_unet else "A token",
+        heads=PLACES if is_unet else "There is no other loss: no head reads concepts from the activations.",
         millions=sum(x.numel() for part in trained for x in part.parameters()) / 1e6,
         record=record,
         recipe=recipe,

@@ -26,6 +26,7 @@ class MiniatureFluxConfig(MiniatureConfig):
     patch: ClassVar[int] = 4
     latents: ClassVar[int] = 16
     pack: ClassVar[int] = 2
+    decoder_updates: ClassVar[int] = 2200
     autoencoder: ClassVar[str] = "mini-flux"
     family: ClassVar[str] = "flux"
 

@@ -1,12 +1,15 @@
 """The miniature SDXL: a U-Net that predicts velocities at the noise levels of Stable Diffusion, ending in noise alone.
 
 Attention is at the lowest of three resolutions, 8 x 8, where the sites of arXiv 2410.22366 are: down.2.1, mid.0, up.0.0, up.0.1.
+A U-Net has no positional encoding: it knows places by the padding at the borders alone, which it learns late or never in a short
+training. So a linear head reads the row and the column of each place from the last residual layer before `down.2.1`.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from jaxtyping import Float
@@ -19,6 +22,8 @@ from difflex.miniature.world import PIXELS
 TIME_ID_WIDTH = 8
 TIME_IDS = (PIXELS, PIXELS, 0, 0, PIXELS, PIXELS)
 """Original size, crop and target size, as the pipeline has them by default."""
+PLACE_WEIGHT = 0.1
+"""Of the loss of the head that reads places."""
 
 
 @final
@@ -29,10 +34,11 @@ class MiniatureSdxlConfig(MiniatureConfig):
     patch: ClassVar[int] = 2
     latents: ClassVar[int] = 8
     pack: ClassVar[int] = 1
+    decoder_updates: ClassVar[int] = 800
     autoencoder: ClassVar[str] = "mini-sdxl"
     family: ClassVar[str] = "sdxl"
 
-    widths: tuple[int, int, int] = (16, 64, 128)
+    widths: tuple[int, int, int] = (16, 32, 96)
     """Channels at 32 x 32, 16 x 16 and 8 x 8."""
     heads: int = 2
     layers: int = 1
@@ -74,7 +80,7 @@ class MiniatureSdxlConfig(MiniatureConfig):
             in_channels=self.channels,
             out_channels=self.channels,
             block_out_channels=self.widths,
-            layers_per_block=2,
+            layers_per_block=(1, 1, 2),
             down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=self.layers,
@@ -101,7 +107,10 @@ class SdxlFlow(FlowModel):
     def __init__(self, pipeline: StableDiffusionXLPipeline, grid: int) -> None:
         super().__init__()
         self.unet, self.clip, self.clip_2 = pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2
-        self._grid = grid
+        self._grid, last = grid, self.unet.down_blocks[-1].resnets[-1]
+        self.places = nn.Linear(last.out_channels, 2 * (grid // 4))
+        self._placed = torch.empty(0)
+        last.register_forward_hook(self._keep)
         for unread in (self.clip.encoder.layers[-1], self.clip.final_layer_norm):
             unread.requires_grad_(False)
         signal = pipeline.scheduler.alphas_cumprod.float().sqrt()
@@ -109,6 +118,9 @@ class SdxlFlow(FlowModel):
         self.register_buffer("signal", signal, persistent=False)
         self.register_buffer("levels", noise / (signal + noise), persistent=False)
         self.register_buffer("time_ids", torch.tensor([TIME_IDS], dtype=torch.float32), persistent=False)
+
+    def _keep(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self._placed = output
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -135,3 +147,10 @@ class SdxlFlow(FlowModel):
             return_dict=False,
         )[0]
         return predicted.flatten(2).movedim(1, 2)
+
+    def extra_loss(self) -> Tensor:
+        """Return the cross-entropy of rows and columns as the head reads them."""
+        scores = self.places(self._placed.float().movedim(1, 3)).unflatten(3, (2, -1)).movedim(4, 1)
+        index = torch.arange(scores.shape[1], device=scores.device)
+        truth = torch.stack(torch.meshgrid(index, index, indexing="ij"), dim=-1)
+        return PLACE_WEIGHT * F.cross_entropy(scores, truth.expand(len(scores), -1, -1, -1))

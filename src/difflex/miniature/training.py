@@ -35,7 +35,6 @@ from difflex.tensors import read_tensors, write_tensors
 FORMAT = 2
 """Of the state of the flow."""
 RESTART = "Move it away to train from the start."
-DECODER_UPDATES = 2200
 JUDGE_UPDATES = 4000
 CHECKPOINT_SECONDS = 120.0
 LOG_SECONDS = 15.0
@@ -104,8 +103,9 @@ def _train_autoencoder(run: TrainingFolder, config: MiniatureConfig) -> None:
         vae = patch_vae(config.patch, config.latents)
     components = PatchComponents.of(draw(torch.arange(512)).images * 2 - 1, config.patch, config.latents)
     write_encoder(vae, components)
-    batches = (draw(torch.arange(32) + i * 32).images * 2 - 1 for i in range(DECODER_UPDATES))
-    for _ in _progress(decoder_losses(vae, components, batches, DECODER_UPDATES), "autoencoder", DECODER_UPDATES):
+    updates = config.decoder_updates
+    batches = (draw(torch.arange(32) + i * 32).images * 2 - 1 for i in range(updates))
+    for _ in _progress(decoder_losses(vae, components, batches, updates), "autoencoder", updates):
         pass
     # Its folder appears under its name when all of its files are complete.
     unfinished = run.folder / ".vae"
