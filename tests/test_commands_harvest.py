@@ -77,6 +77,21 @@ def test_the_same_command_again_adds_nothing_and_more_tokens_are_added(model: Pa
     assert contents(tmp_path / "twice") == contents(tmp_path / "once")
 
 
+def test_each_prompt_has_a_seed_of_its_own_unless_seeds_are_given(model: Path, prompts: Path, tmp_path: Path, capsys):
+    flags = ["--site", "double.0", "--keep-steps", "0:1"]
+    assert harvest(model, prompts, tmp_path / "own", *flags) == 0
+    store = Store.open(tmp_path / "own" / "activations" / "double.0")
+    shots = [store.shot(number) for number in range(12)]
+    assert [(shot.prompt, shot.seed) for shot in shots] == [(f"star {i}", i) for i in range(12)]
+    assert Study.open(tmp_path / "own").settings.seeds is None
+    assert harvest(model, prompts, tmp_path / "own", *flags) == 0  # up to date
+    assert harvest(model, prompts, tmp_path / "own", *flags, "--seeds", "0:2") == 2
+    assert "was begun with a seed for each prompt. Leave --seeds out" in capsys.readouterr().err
+    assert harvest(model, prompts, tmp_path / "given", *flags, "--seeds", "0:1") == 0
+    assert harvest(model, prompts, tmp_path / "given", *flags) == 2
+    assert "Give them again with --seeds 0:1" in capsys.readouterr().err
+
+
 def test_more_seeds_are_added_after_those_that_are_stored(
     model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -83,11 +83,12 @@ def _harvest(forecast: Forecast, command: HarvestCommand) -> CostEstimate:
     shots = [replace(plain, prompt=prompt, split=Shot.split_of(prompt)) for prompt in prompts]
     if command.tokens is None and count is None:
         raise Unknown(f"how many prompts {command.prompts} has is known when they are read")
-    total = shots_for(command.tokens, formats, run) if command.tokens is not None else (count or 0) * len(command.seeds) * run
+    seeds = 1 if command.seeds is None else len(command.seeds)
+    total = shots_for(command.tokens, formats, run) if command.tokens is not None else (count or 0) * seeds * run
     for shape in formats:
         forecast.stores[command.out, shape.site] = StoreForecast(total * shape.tokens, shape.tokens, shape.width, shots[0])
     last = command.keep_steps[-1] + 1 if command.keep_steps is not None else model.shot.steps
-    work = harvesting(model, total // run, -(-(total // run) // len(command.seeds)), last)
+    work = harvesting(model, total // run, -(-(total // run) // seeds), last)
     config = RecordingConfig(dtype=command.dtype, batch=command.batch)
     held = hold(forecast, command.out, model, command.precision, command.offload)
     size = recorded_bytes(formats, shots, run, total, config)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, final
 
@@ -146,7 +146,8 @@ class TransferCommand(StudyImagesCommand):
         if self.prompts is None:
             source, pairs = "held out of the harvest", list(islice(self._held_out(study), self.images))
         else:
-            prompts, seeds = read_prompts(self.prompts, None), cycle(range(*study.settings.seeds))
+            prompts, harvested = read_prompts(self.prompts, None), study.settings.seeds
+            seeds = count() if harvested is None else cycle(range(*harvested))
             source, pairs = prompts.source, list(zip(islice(prompts.texts, self.images), seeds, strict=False))
         if self.seeds is not None:
             pairs = [(prompt, seed) for (prompt, _), seed in zip(pairs, cycle(self.seeds), strict=False)]

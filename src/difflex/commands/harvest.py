@@ -39,7 +39,7 @@ class HarvestCommand(ModelCommand):
     """The column of a .csv, .json, .jsonl or .parquet file with the prompts."""
     prompts_revision: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
     """The revision of a data set on the hub."""
-    seeds: Seeds = range(1)
+    seeds: Annotated[Seeds | None, arg(help_behavior_hint="(default: prompt number i has the seed i)")] = None
     """Seeds for each prompt."""
     shuffle: Annotated[int | None, SEED, arg(help_behavior_hint="(default: in the order of the file)")] = None
     """Shuffle the prompts with this seed."""
@@ -118,7 +118,7 @@ class HarvestCommand(ModelCommand):
     def _print_added(self, source: str) -> None:
         """Print which seeds are added to those in the `source` of a harvest that was begun."""
         begun = source.rpartition(" ")[2]
-        if begun != f"{self.seeds.start}:{self.seeds.stop}":
+        if self.seeds is not None and begun != f"{self.seeds.start}:{self.seeds.stop}":
             first = begun.partition(":")[2]
             print(f"The seeds {first}:{self.seeds.stop} are added to {begun}: all prompts with one of them, then with the next.")
 
@@ -133,7 +133,7 @@ class HarvestCommand(ModelCommand):
             prompts_column=self.prompts_column,
             prompts_revision=self.prompts_revision,
             shuffle=self.shuffle,
-            seeds=(self.seeds.start, self.seeds.stop),
+            seeds=None if self.seeds is None else (self.seeds.start, self.seeds.stop),
             keep_steps=None if kept is None else (kept.start, kept.stop, *((kept.step,) if kept.step > 1 else ())),
         )
 

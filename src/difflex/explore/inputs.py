@@ -39,6 +39,8 @@ __all__ = [
 
 CAPTIONS = "captions"
 """The name of the captions of the drawn world, where a file of prompts is expected."""
+OWN_SEEDS = "a seed for each prompt"
+"""How prompts and noise belong together where prompt number i has the seed i."""
 UNTRAINED = "untrained-"
 """What the revision of a model with random weights begins with."""
 AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")
@@ -94,24 +96,33 @@ def study_shots(
     The seeds with which one of `stores` was begun come first, with all prompts; then the others, each with all prompts. So more
     seeds add to what is stored.
     """
-    seeds, kept = range(*settings.seeds), None if settings.keep_steps is None else range(*settings.keep_steps)
-    origin = f"{prompts.source} {'in order' if settings.shuffle is None else f'shuffled by {settings.shuffle}'}"
-    begun = _begun_seeds(stores, origin, seeds)
-    added = range(begun.stop, seeds.stop)
-    texts = list(prompts.texts) if added else prompts.texts
+    kept = None if settings.keep_steps is None else range(*settings.keep_steps)
     shots = partial(pipe.shots, steps=settings.steps, keep_steps=kept, pixels=settings.pixels, guidance=settings.guidance)
+    origin = f"{prompts.source} {'in order' if settings.shuffle is None else f'shuffled by {settings.shuffle}'}"
+    begun = _begun_seeds(stores, origin, settings.seeds)
+    if begun is None or settings.seeds is None:
+        return shots(prompts.texts, None), f"{origin}, {OWN_SEEDS}"
+    added = range(begun.stop, settings.seeds[1])
+    texts = list(prompts.texts) if added else prompts.texts
     later = chain.from_iterable(shots(texts, range(seed, seed + 1)) for seed in added)
     return chain(shots(texts, begun), later), f"{origin}, seeds {begun.start}:{begun.stop}"
 
 
-def _begun_seeds(stores: Iterable[Path], origin: str, seeds: range) -> range:
-    """Return the seeds with which one of `stores` was begun with the prompts `origin`; `seeds` if none was."""
+def _begun_seeds(stores: Iterable[Path], origin: str, asked: tuple[int, int] | None) -> range | None:
+    """Return the seeds with which one of `stores` was begun with the prompts `origin`; those that are asked for if none was."""
     from difflex.store import Store
 
+    seeds = None if asked is None else range(*asked)
     for folder in stores:
-        match = re.fullmatch(r"(.*), seeds (\d+):(\d+)", Store.begun_source(folder) or "")
-        if match is None or match[1] != origin or (begun := range(int(match[2]), int(match[3]))) == seeds:
+        match = re.fullmatch(rf"(.*), (?:seeds (\d+):(\d+)|{OWN_SEEDS})", Store.begun_source(folder) or "")
+        begun = range(int(match[2]), int(match[3])) if match and match[2] else None
+        if match is None or match[1] != origin or begun == seeds:
             continue  # other prompts are noticed where they are stored
+        if begun is None:
+            raise StaleWork(f"{folder} was begun with {OWN_SEEDS}. Leave --seeds out, or use another study.", folder)
+        if seeds is None:
+            problem = f"{folder} was begun with the seeds {begun.start}:{begun.stop}, not with {OWN_SEEDS}."
+            raise StaleWork(f"{problem} Give them again with --seeds {begun.start}:{begun.stop}, or use another study.", folder)
         problem = f"{folder} was begun with the seeds {begun.start}:{begun.stop}, not {seeds.start}:{seeds.stop}."
         if begun.start != seeds.start or begun.stop > seeds.stop:
             more = f"{begun.start}:{begun.stop + len(seeds)}"

@@ -57,7 +57,7 @@ class Model(Pipeline):
         *,
         tokens: int | None = None,
         steps: int | None = None,
-        seeds: Sequence[int] = (0,),
+        seeds: Sequence[int] | None = None,
         pixels: tuple[int, int] | None = None,
         guidance: float | None = None,
         batch: int = 16,
@@ -72,7 +72,7 @@ class Model(Pipeline):
         *,
         tokens: int | None = None,
         steps: int | None = None,
-        seeds: Sequence[int] = (0,),
+        seeds: Sequence[int] | None = None,
         pixels: tuple[int, int] | None = None,
         guidance: float | None = None,
         batch: int = 16,
@@ -86,7 +86,7 @@ class Model(Pipeline):
         *,
         tokens: int | None = None,
         steps: int | None = None,
-        seeds: Sequence[int] = (0,),
+        seeds: Sequence[int] | None = None,
         pixels: tuple[int, int] | None = None,
         guidance: float | None = None,
         batch: int = 16,
@@ -97,16 +97,16 @@ class Model(Pipeline):
 
         `prompts` is a list, a file (a prompt on each line, .csv, .json, .jsonl, .parquet), a data set on the hub
         (OWNER/NAME:COLUMN) or `captions`, the endless captions of the drawn world. `tokens` is the number of rows to store, by
-        default those of all prompts with all `seeds`, which follow one another. `steps`, `pixels` and `guidance` are by default
-        the model's own. The activations are in a study: in the folder `out`, where a harvest that was stopped continues, or in
-        a temporary one.
+        default those of all prompts. Prompt number i has the seed i, or all of `seeds`, which follow one another. `steps`,
+        `pixels` and `guidance` are by default the model's own. The activations are in a study: in the folder `out`, where a
+        harvest that was stopped continues, or in a temporary one.
         """
         several = isinstance(site, list | tuple)
         sites = self.expand(site)
         if not sites or (not several and len(sites) > 1):
             names = ", ".join(map(str, sites)) or "no site"
             raise BadInput(f"'{site}' stands for {names}. Name one site, or give a list for several: ['{site}'].")
-        wishes = StudySettings(steps=steps, pixels=pixels, guidance=guidance, seeds=_read_seeds(seeds))
+        wishes = StudySettings(steps=steps, pixels=pixels, guidance=guidance, seeds=None if seeds is None else _read_seeds(seeds))
         folder = temporary_folder() if out is None else Path(out)
         workspace = Workspace(Study.open_or_plan(folder, self.name, self.revision), lambda: self, is_temporary=out is None)
         study = workspace.study

@@ -80,7 +80,7 @@ class MiniatureSdxlConfig(MiniatureConfig):
             in_channels=self.channels,
             out_channels=self.channels,
             block_out_channels=self.widths,
-            layers_per_block=(1, 1, 2),
+            layers_per_block=(1, 1, 2),  # pyright: ignore[reportArgumentType] (a number for each block)
             down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=self.layers,

@@ -136,7 +136,7 @@ class Pipeline:
     def shots(
         self,
         prompts: str | Iterable[str],
-        seeds: Iterable[int] = range(1),
+        seeds: Iterable[int] | None = range(1),
         steps: int | None = None,
         keep_steps: Iterable[int] | None = None,
         pixels: tuple[int, int] | None = None,
@@ -144,13 +144,13 @@ class Pipeline:
     ) -> Iterator[Shot]:
         """Yield a shot for each prompt, seed and kept step (default: all steps), in this order; reads `prompts` lazily.
 
-        If the scheduler repeats a timestep, only the first of its steps is kept.
+        Without `seeds`, prompt number i has the seed i. If the scheduler repeats a timestep, only the first of its steps is kept.
         """
         settings = self._settings(steps, pixels, guidance)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         # A range may be too long for memory; its ends stand for all of it.
-        seeds = seeds if isinstance(seeds, range) else list(seeds)
-        for seed in (seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else seeds:
+        seeds = seeds if seeds is None or isinstance(seeds, range) else list(seeds)
+        for seed in (seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else seeds or ():
             check_seed(seed)
         timesteps = self.engine.timesteps(settings)
         kept_steps = range(len(timesteps)) if keep_steps is None else list(keep_steps)
@@ -160,8 +160,8 @@ class Pipeline:
         kept_timesteps = list(dict.fromkeys(timesteps[step] for step in kept_steps))
         return (
             replace(settings, prompt=check_prompt(prompt), seed=int(seed), timestep=timestep, split=Shot.split_of(prompt))
-            for prompt in prompts
-            for seed in seeds
+            for number, prompt in enumerate(prompts)
+            for seed in ((number,) if seeds is None else seeds)
             for timestep in kept_timesteps
         )
 

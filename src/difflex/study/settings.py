@@ -30,8 +30,8 @@ class StudySettings:
     prompts_revision: str | None = None
     shuffle: int | None = None
     """The seed that shuffles the prompts."""
-    seeds: tuple[int, int] = (0, 1)
-    """The first seed of each prompt, and the one after the last."""
+    seeds: tuple[int, int] | None = None
+    """The first seed of each prompt, and the one after the last; None where prompt number i has the seed i."""
     keep_steps: tuple[int, ...] | None = None
     """The first step that is harvested, the one after the last, and the distance between steps if that is not 1."""
 
