@@ -242,14 +242,15 @@ def git_sha1(content: bytes) -> str:
 
 
 REPOSITORY, REVISION = r"(?P<name>[\w.-]+/[\w.-]+)", r"(?P<revision>[\w.-]+)"
+KIND = "(?:models|datasets)"
 ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"/api/validate-yaml", _HubHandler._accept),
     (r"/api/repos/create", _HubHandler._create),
     (rf"/api/models/{REPOSITORY}/branch/{REVISION}", _HubHandler._branch),
-    (rf"/api/models/{REPOSITORY}(?:/revision/{REVISION})?", _HubHandler._info),
-    (rf"/api/models/{REPOSITORY}/tree/{REVISION}/?", _HubHandler._tree),
+    (rf"/api/{KIND}/{REPOSITORY}(?:/revision/{REVISION})?", _HubHandler._info),
+    (rf"/api/{KIND}/{REPOSITORY}/tree/{REVISION}/?", _HubHandler._tree),
     (rf"/api/models/{REPOSITORY}/preupload/{REVISION}", _HubHandler._preupload),
     (rf"/{REPOSITORY}\.git/info/lfs/objects/batch", _HubHandler._batch),
     (rf"/api/models/{REPOSITORY}/commit/{REVISION}", _HubHandler._add_commit),
-    (rf"/{REPOSITORY}/resolve/{REVISION}/(?P<path>.+)", _HubHandler._resolve),
+    (rf"/(?:datasets/)?{REPOSITORY}/resolve/{REVISION}/(?P<path>.+)", _HubHandler._resolve),
 ]

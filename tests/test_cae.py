@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import fake_hub, use_hub
 
 import difflex
 from difflex.cli import main
@@ -19,9 +20,9 @@ from difflex.effects.activation_addition import (
     answer_shift,
     matching_probability,
     measure_addition,
-    read_behaviour,
 )
 from difflex.effects.addition_findings import AdditionFindings, find_findings
+from difflex.effects.behaviour_files import read_behaviour
 from difflex.effects.drawn_behaviours import drawn_behaviours, drawn_neutral
 from difflex.errors import BadInput, BrokenFile
 from difflex.miniature.language.exporting import export_language
@@ -70,15 +71,40 @@ def test_questions_are_read_from_model_written_evals(tmp_path: Path):
     file = tmp_path / "warmth.jsonl"
     entry = {"question": "Do you?", "answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
     file.write_text(json.dumps(entry) + "\n\n" + json.dumps(entry))
-    behaviour = read_behaviour(file)
+    behaviour = read_behaviour(str(file))
     assert behaviour.name == "warmth" and len(behaviour.questions) == 2
     assert behaviour.questions[0].pair == ("Do you? (A", "Do you? (B")
+    file.write_text('{"positive": "I like warm days.", "negative": "I like cold days."}')
+    [question] = read_behaviour(str(file)).questions
+    assert question == ("I like", " warm days.", " cold days.") and question.pair == ("I like warm days.", "I like cold days.")
     file.write_text('{"question": "Do you?"}')
     with pytest.raises(BrokenFile, match="Line 1"):
-        read_behaviour(file)
+        read_behaviour(str(file))
     file.write_text("\n")
     with pytest.raises(BadInput, match="no questions"):
-        read_behaviour(file)
+        read_behaviour(str(file))
+
+
+def test_pairs_of_texts_are_questions_with_two_answers(tmp_path: Path):
+    file = tmp_path / "warmth.tsv"
+    file.write_text("I like warm days.\tI like cold days.\nWarm\tCold\nI\tI do\n")
+    questions = read_behaviour(str(file)).questions
+    assert questions == (("I like", " warm days.", " cold days."), ("", "Warm", "Cold"), ("", "I", "I do"))
+    for line, complaint in (("one text", "not two texts"), ("the same\tthe same", "the same text twice")):
+        file.write_text(line)
+        with pytest.raises(BrokenFile, match=f"Line 1 of .*{complaint}"):
+            read_behaviour(str(file))
+
+
+def test_questions_are_read_from_a_data_set_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with fake_hub() as hub:
+        use_hub(hub, tmp_path / "cache", monkeypatch)
+        entry = {"question": "Do you?", "answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
+        hub.repository("owner/evals").commit({"persona/warmth.jsonl": json.dumps(entry).encode()})
+        assert read_behaviour("owner/evals:persona/warmth.jsonl").questions == (("Do you?", " (A)", " (B)"),)
+        with pytest.raises(BadInput, match=r"has no file persona/cold\.jsonl"):
+            read_behaviour("owner/evals:persona/cold.jsonl")
+    assert read_behaviour("owner/evals:persona/warmth.jsonl", offline=True).name == "warmth"
 
 
 def result(name: str, noise: float, free: float = 0.05, rise: float = 0.1) -> BehaviourResult:

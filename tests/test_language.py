@@ -161,6 +161,9 @@ def test_losses_and_answer_scores_are_those_of_a_pass_without_padding(any_model:
     before = any_model.losses(TEXTS[:1])[0] * (len(any_model.engine.encode(TEXTS[0])) - 1)
     after = any_model.losses([TEXTS[0] + "yes"])[0] * (len(any_model.engine.encode(TEXTS[0])) + 2)
     torch.testing.assert_close(scores[0, 0], before - after, rtol=1e-4, atol=1e-4)
+    [alone] = any_model.answer_scores([""], ["good"])  # where a tokenizer adds no start, nothing predicts the first token
+    count = len(any_model.engine.encode("good")) - 1
+    torch.testing.assert_close(alone[0], -any_model.losses(["good"])[0] * count, rtol=1e-4, atol=1e-4)
 
 
 def test_windows_cut_texts_exactly_and_each_can_be_read_again(any_model: LanguageModel):

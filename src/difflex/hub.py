@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from difflex.dictionary_config import CONFIG, TENSORS
 from difflex.errors import BadInput, BrokenFile, UnknownName
@@ -39,7 +39,13 @@ GIT_SHA1, SHA256 = 40, 64
 """Digits of the checksums that the cache of the hub names files by: of small files and of large ones."""
 
 
-def snapshot(name: str, revision: str | None = None, offline: bool = False, files: Sequence[str] = ()) -> Path:
+def snapshot(
+    name: str,
+    revision: str | None = None,
+    offline: bool = False,
+    files: Sequence[str] = (),
+    kind: Literal["model", "dataset"] = "model",
+) -> Path:
     """Return the folder of a repository of the hub in the local cache, named by its commit, after downloading what is missing.
 
     `files` are patterns of the files to download, such as `*/config.json`; all if it is empty. `offline` takes everything from
@@ -50,10 +56,11 @@ def snapshot(name: str, revision: str | None = None, offline: bool = False, file
     check_repository(name)
     offline, patterns = offline or constants.HF_HUB_OFFLINE, list(files) or None
     with _hub_errors(name, revision, offline):
-        paths = [] if offline else HfApi().list_repo_files(name, revision=revision)
+        paths = [] if offline else HfApi().list_repo_files(name, revision=revision, repo_type=kind)
     _check_paths(name, paths)
     with _hub_errors(name, revision, offline):
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=offline, allow_patterns=patterns))
+        options = {"revision": revision, "local_files_only": offline, "allow_patterns": patterns, "repo_type": kind}
+        folder = Path(snapshot_download(name, **options))
     places = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     chosen = {place: path for place, path in places.items() if any(fnmatchcase(place, pattern) for pattern in files or "*")}
     if damaged := [place for place, path in chosen.items() if _is_damaged(path)]:

@@ -43,7 +43,8 @@ class CaeCommand(Command):
     other_model: Annotated[tuple[str, ...], arg(metavar="MODEL...", help_behavior_hint="(default: none)")] = ()
     """Models of other sizes, for the finding on size."""
     questions_of: Annotated[tuple[str, ...], arg(metavar="FILE...")] = (DRAWN,)
-    """JSONL files of Anthropic's model-written-evals, a behaviour each; `drawn` stands for the behaviours of the drawn world."""
+    """Questions, a behaviour in each file: model-written-evals, or pairs of texts; OWNER/NAME:FILE is on the hub. `drawn` stands
+    for the behaviours of the drawn world."""
     neutral: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: text of the drawn world)")] = None
     """A file with neutral texts, a text on each line, whose perplexity is measured."""
     pairs: Annotated[Numbers, arg(metavar="N...")] = (1, 2, 5, 10, 20, 40, 80, 120, 200)
@@ -92,13 +93,13 @@ class CaeCommand(Command):
         return paths
 
     def _behaviours(self, questions: int) -> list[BehaviourSet]:
-        from difflex.effects.activation_addition import read_behaviour
+        from difflex.effects.behaviour_files import read_behaviour
         from difflex.effects.drawn_behaviours import drawn_behaviours
 
         found: list[BehaviourSet] = []
         for name in self.questions_of:
             is_drawn = name == DRAWN and not Path(name).exists()
-            found += drawn_behaviours(questions) if is_drawn else [read_behaviour(Path(name))]
+            found += drawn_behaviours(questions) if is_drawn else [read_behaviour(name, self.offline)]
         if len({each.name for each in found}) < len(found):
             raise BadInput(f"Two of the files {', '.join(self.questions_of)} have the same name. Rename one.")
         return found

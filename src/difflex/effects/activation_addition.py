@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.errors import BadInput, BrokenFile
-from difflex.files import disk_errors
+from difflex.errors import BadInput
 from difflex.json_records import JsonRecord
 from difflex.records import Site
 from difflex.steering.contrast import Contrast
 from difflex.values import check_fields
 
-__all__ = ["AdditionConfig", "AdditionResults", "BehaviourSet", "Question", "TextFunctions", "measure_addition", "read_behaviour"]
+__all__ = ["AdditionConfig", "AdditionResults", "BehaviourSet", "Question", "TextFunctions", "measure_addition"]
 
 Addition = tuple[Contrast, float]
 """A contrast, and the strength at which it is added."""
@@ -154,23 +152,6 @@ class AdditionResults(JsonRecord):
     parameters: int
     config: AdditionConfig
     behaviours: tuple[BehaviourResult, ...]
-
-
-def read_behaviour(path: Path) -> BehaviourSet:
-    """Read the questions of a behaviour from a JSONL file in the form of model-written-evals."""
-    questions, names = [], ("question", "answer_matching_behavior", "answer_not_matching_behavior")
-    with disk_errors(path, "read"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line) if line.strip() else None
-            if entry is not None:
-                questions.append(Question(*(str(entry[name]) for name in names)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise BrokenFile(f"Line {number} of {path} is not an object with the entries {', '.join(names)}.") from error
-    if not questions:
-        raise BadInput(f"There are no questions in {path}.")
-    return BehaviourSet(name=path.stem, questions=tuple(questions), prompts={})
 
 
 def matching_probability(

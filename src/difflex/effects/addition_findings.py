@@ -27,6 +27,7 @@ CERTAINTY = (
 class AdditionFinding:
     """A claim of the paper, the rule by which it holds, and the result."""
 
+    paper: ClassVar[str] = "arXiv 2505.03189"
     name: str
     claim: str
     rule: str
@@ -35,6 +36,12 @@ class AdditionFinding:
     x: str
     y: str
     lines: tuple[FindingLine, ...]
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The points of the lines by what they are of."""
+        points = ((line.name, x, y) for line in self.lines for x, y in zip(line.x, line.y, strict=True))
+        return {f"{line}: {self.y} at {self.x} {x:g}": y for line, x, y in points}
 
 
 @final

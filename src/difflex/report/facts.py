@@ -8,6 +8,7 @@ from statistics import median
 from typing import NamedTuple, TypeVar
 
 from difflex.effects import ImageStrip, SteeringResults, StrengthCurve
+from difflex.effects.addition_findings import AdditionFindings
 from difflex.effects.edit_bench import EditBenchResults
 from difflex.effects.findings import Findings
 from difflex.effects.removal import RemovalResults
@@ -202,6 +203,8 @@ class StudyFacts:
     steering: tuple[SteeringFacts, ...]
     removals: tuple[RemovalResults, ...]
     findings: tuple[Findings, ...]
+    additions: AdditionFindings | None
+    """Findings on adding contrasts in a language model."""
     measures: tuple[FeatureMeasures, ...]
     block_roles: BlockRoleResults | None
     edit_benches: tuple[EditBenchResults, ...]

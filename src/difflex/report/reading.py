@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from difflex.dictionary_config import DictionaryConfig, fingerprint, read_config
 from difflex.effects import Provenance, SteeringResults
+from difflex.effects.addition_findings import AdditionFindings
 from difflex.effects.edit_bench import EditBenchResults
 from difflex.effects.findings import Findings
 from difflex.effects.removal import RemovalResults
@@ -41,6 +42,7 @@ FILES += (
     "steering/judged/*/*.json",
     "steering/removal/*/*.json",
     "steering/findings/*.json",
+    "steering/cae/findings.json",
     "steering/edit-bench/*.json",
 )
 FILES += ("measures/*/*.json", "block-roles.json")
@@ -71,6 +73,7 @@ def read_facts(study: Study, control: Study | None = None) -> StudyFacts:
         steering=tuple(steering for dictionary in dictionaries if (steering := reader.steering(dictionary, matches)) is not None),
         removals=reader.removals(),
         findings=reader.findings(),
+        additions=reader.additions(),
         edit_benches=reader.edit_benches(),
         transfers=reader.transfers(),
         measures=reader.measures(),
@@ -270,6 +273,14 @@ class _StudyReader:
                     self._reject(f"{path}: '{name}' is of older weights of {dictionaries}. Run difflex findings again.")
             current.append(replace(record, findings=tuple(own for own in record.findings if not changed[own.name])))
         return tuple(current)
+
+    def additions(self) -> AdditionFindings | None:
+        """Return the findings on adding contrasts in the study's language model."""
+        path = self.study.addition("findings")
+        found = self._load_existing(AdditionFindings.load, path)
+        if found is None or found.model == self.study.model:
+            return found
+        return self._reject(f"{path} is of {found.model}, not of this study. Run difflex cae again.")
 
     def anatomy(self) -> Anatomy | None:
         """Return the anatomy of the study if it is of its model."""

@@ -261,13 +261,15 @@ class LanguagePipeline:
         self, prompts: Sequence[str], answers: Sequence[str] | Sequence[Sequence[str]], batch: int = 16
     ) -> Float[Tensor, "prompt answer"]:
         """Return the log probability of each of `answers` as the text that follows each prompt; or of those of each prompt."""
-        starts = [self.engine.encode(check_prompt(prompt)) for prompt in prompts]
+        encode = self.engine.encode
+        starts = [encode(check_prompt(prompt)) if prompt else self.engine.tokens("", special=True) for prompt in prompts]
         shared = [answer for answer in answers if isinstance(answer, str)]
         rows = [shared] * len(starts) if shared else [list(row) for row in answers]
         ends = [[self.engine.tokens(answer) for answer in row] for row in rows]
         if not ends or not all(map(all, ends)) or not ends[0] or len({*map(len, ends)}) > 1 or len(ends) != len(starts):
             raise BadInput("There is nothing to score. Give prompts, and as many answers to each, which are not empty.")
-        texts = [(start + end, len(start)) for start, row in zip(starts, ends, strict=True) for end in row]
+        # Nothing predicts the first token of a text.
+        texts = [(start + end, len(start) or 1) for start, row in zip(starts, ends, strict=True) for end in row]
         return torch.stack([scores.sum() for scores in self._log_probabilities(texts, batch)]).view(len(starts), -1)
 
     def _log_probabilities(self, texts: Sequence[tuple[list[int], int]], batch: int) -> Iterator[Float[Tensor, " token"]]:

@@ -5,6 +5,7 @@ from statistics import fmean
 
 from markupsafe import Markup
 
+from difflex.effects.addition_findings import AdditionFinding
 from difflex.effects.findings import Finding, FindingLine
 from difflex.effects.removal import RemovalResults, RemovedConcept
 from difflex.report.drawing import Axis, Drawing
@@ -108,30 +109,32 @@ def _removal_row(concept: RemovedConcept) -> ChartRow:
     return ChartRow(concept.concept, points, "✓" if rates.reach(REMOVED) else percent(rates.ua))
 
 
-SiteFinding = tuple[str, Finding]
-"""A site and the finding of an experiment there."""
+SiteFinding = tuple[str, Finding | AdditionFinding]
+"""A site, or a language model, and the finding of an experiment there."""
 
 
 def findings(facts: StudyFacts) -> ReportSection:
     """Return the section about findings of papers: a figure for each with its verdict and its rule."""
-    pairs = [(record.site, finding) for record in facts.findings for finding in record.findings]
+    pairs: list[SiteFinding] = [(record.site, finding) for record in facts.findings for finding in record.findings]
+    added: list[SiteFinding] = [(facts.additions.model, each) for each in facts.additions.findings] if facts.additions else []
     file = ReportFigure(
         name="findings",
         caption="The numbers that the rules compare.",
         columns=("site", "name", "finding", "paper", "verdict", "because", "number", "value"),
         rows=[
             (site, finding.name, finding.claim, finding.paper, finding.verdict, finding.reason, name, value)
-            for site, finding in pairs
+            for site, finding in [*pairs, *added]
             for name, value in finding.numbers.items()
         ],
     )
     figures = [_finding_figure(name, own) for name, own in group_by(pairs, lambda pair: pair[1].name).items()]
+    figures += [_finding_figure(f"cae_{pair[1].name}", [pair]) for pair in added]
     return ReportSection(
         name="findings",
         title="Findings of papers on steering",
-        lead="Findings on contrasts (arXiv 2505.03189, there of language models) and on features (arXiv 2505.24360), repeated as "
+        lead="Findings on contrasts (arXiv 2505.03189, of language models) and on features (arXiv 2505.24360), repeated as "
         "experiments: each with its rule, the numbers that decided, and a verdict.",
-        parts=[*figures, file] if pairs else [MissingFigure("Experiments on the findings of papers", "difflex findings STUDY")],
+        parts=[*figures, file] if figures else [MissingFigure("Experiments on the findings of papers", "difflex findings STUDY")],
     )
 
 
@@ -143,7 +146,7 @@ def _finding_figure(name: str, pairs: Sequence[SiteFinding]) -> ReportFigure:
         name=f"finding_{name}".replace("-", "_").replace(" ", "_"),
         title=first.claim,
         caption=" ".join(f"{SIGNS[finding.verdict]} {site}: {finding.verdict}. {finding.reason}" for site, finding in pairs),
-        formula=f"{first.paper}. Rule: {first.rule} Error bars are two standard errors over concepts.",
+        formula=f"{first.paper}. Rule: {first.rule} Error bars are two standard errors over concepts or behaviours.",
         columns=("site", "line", first.x, first.y, "standard error", "concepts"),
         rows=[
             (site, line.name, x, y, error, line.concepts)
@@ -156,12 +159,12 @@ def _finding_figure(name: str, pairs: Sequence[SiteFinding]) -> ReportFigure:
     )
 
 
-def _has_course(finding: Finding) -> bool:
+def _has_course(finding: Finding | AdditionFinding) -> bool:
     """Return whether a finding has values at several places; those at one are in its file and its reason."""
     return len({x for line in finding.lines for x in line.x}) > 1
 
 
-def _finding_plot(site: str, finding: Finding, series: dict[str, Series]) -> Drawing:
+def _finding_plot(site: str, finding: Finding | AdditionFinding, series: dict[str, Series]) -> Drawing:
     curves = [PlotCurve(series[line.name], _finding_points(line, finding.x)) for line in finding.lines]
     values = [x for line in finding.lines for x in line.x]
     x = Axis(label=finding.x, log=bool(values) and min(values) > 0 and max(values) >= LOG_RATIO * min(values))
