@@ -57,6 +57,27 @@ def test_strengths_become_what_suffices_at_the_site_and_step_that_have_the_effec
     assert optimised.shows[0] < 0.05 and optimised.shows[-1] > 0.85 and optimised.losses[-1] < optimised.losses[0]
 
 
+def test_a_direction_turns_to_what_has_the_effect():
+    two_wide = UNIT._replace(decoder=torch.tensor([[1.0, 0.1]]))
+
+    def run_along(shots: Sequence[Shot], hooks: Sequence[SteeringHook]) -> Tensor:
+        """Images of what is added to the second number and to the first one."""
+        total = torch.zeros(len(shots), 2)
+        for hook in hooks:
+            edited = hook.change(torch.zeros(len(shots), 1, 2), HookContext(0, 1.0, None, tuple(shots), (1, 1), 2))
+            total = total if edited is None else total + edited[:, 0]
+        return total.flip(1)[..., None, None]
+
+    config = EffectConfig(updates=200, batch=2, directions=True)
+    found = optimise_edits(TASK, edits()[:1], lambda _: two_wide, SETTINGS, run_along, JUDGE, config)
+    [(site, direction)] = found.directions.items()
+    assert str(site) == "double.0" and float(direction[1].abs()) > 5 * float(direction[0].abs()) and found.shows[-1] > 0.85
+    [edit] = [edit for edit in found.edits if abs(edit.strength) > 0.1]
+    assert edit.strength * float(direction[1]) == pytest.approx(1 + math.log(9) / 4, abs=0.2)
+    fixed = optimise_edits(TASK, edits()[:1], lambda _: two_wide, SETTINGS, run_along, JUDGE, EffectConfig(updates=200, batch=2))
+    assert not fixed.directions and fixed.shows[-1] < 0.5
+
+
 def test_steps_that_are_not_edited_keep_no_strength():
     optimised = optimise_edits(TASK, edits(steps=(1, 2)), lambda _: UNIT, SETTINGS, run, JUDGE, EffectConfig(updates=5))
     assert all(edit.steps == (1, 2) for edit in optimised.edits)

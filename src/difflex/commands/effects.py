@@ -66,8 +66,10 @@ class SteerEvalCommand(ConceptsJudge):
     """Also steer with the features of all sites, with sites, operation, steps and dose chosen on prompts that are not judged."""
     effect_updates: Annotated[int, WHOLE] = 0
     """Also optimise the strengths of each site and step through the model, in so many updates on prompts that are not judged."""
+    effect_directions: FlagCreatePairsOff[bool] = False
+    """With --effect-updates: also optimise the direction at each site, and keep it as a contrast of the study."""
     tuning: Annotated[int, TRIALS] = 8
-    """Prompts of each concept for these two."""
+    """Prompts of each concept for all of these."""
 
     def __call__(self) -> list[Path]:
         from difflex import effects
@@ -82,6 +84,7 @@ class SteerEvalCommand(ConceptsJudge):
             edit_steps=first_and_end(self.edit_steps),
             automatic=self.automatic,
             effect_updates=self.effect_updates,
+            effect_directions=self.effect_directions,
             tuning=self.tuning,
         )
         study, paths = open_study(self.study, self), []

@@ -1,4 +1,4 @@
-"""Edits that are aware of their effect: strengths of each site and step, found through the model by gradients of a judge."""
+"""Edits that are aware of their effect: strengths of each site and step, and directions, found by gradients of a judge."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ class EffectConfig:
     """The weight of changes of all else, next to that of the concept."""
     strength_cost: float = 0.02
     """The weight of the mean strength."""
+    directions: bool = False
+    """Also optimise the direction of each edit, from that of its features on."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -71,6 +73,8 @@ class OptimisedEdits(NamedTuple):
     losses: tuple[float, ...]
     shows: tuple[float, ...]
     """The mean probability of the concept, at each update."""
+    directions: dict[Site, Float[Tensor, " width"]]
+    """What a strength of 1 adds at each site, where directions are optimised."""
 
 
 def optimise_edits(
@@ -84,6 +88,8 @@ def optimise_edits(
 ) -> OptimisedEdits:
     """Return `edits` with a strength for each step that makes the concept of `task` appear at its trials and keeps all else.
 
+    With directions, the edits are at a site each, and what is returned stands for edits along the directions that were found.
+
     The loss is -log p + keep * c + strength_cost * |s|: p is the judge's probability of the concept, up to ENOUGH; c is how far
     all else changes; |s| the mean strength. `settings` is a shot of the run without prompt and seed. Edits must add.
     """
@@ -91,9 +97,16 @@ def optimise_edits(
         raise BadInput("Strengths are optimised of edits that add, in units other than current-norm. Give one or more of them.")
     batches = [task.trials[start : start + config.batch] for start in range(0, len(task.trials), config.batch)]
     prepared = [_TrialBatch.of(trials, edits, features, settings) for trials in batches]
-    strengths = torch.zeros(len(edits), settings.steps, requires_grad=True)
+    strengths, starts = (
+        torch.zeros(len(edits), settings.steps, requires_grad=True),
+        [_direction(edit, features) for edit in edits],
+    )
+    turns = [torch.zeros_like(start, requires_grad=config.directions) for start in starts]
+    # A direction turns about as fast as a strength grows.
+    groups = [{"params": [strengths], "lr": config.rate}]
+    groups += [{"params": [turn], "lr": config.rate / len(turn) ** 0.5} for turn in turns if config.directions]
     # Short memories: strengths that are more than enough must not keep growing.
-    adam = torch.optim.Adam([strengths], lr=config.rate, betas=(0.5, 0.9))
+    adam = torch.optim.Adam(groups, betas=(0.5, 0.9))
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.updates)
     losses, shown = list[float](), list[float]()
     unedited = list[Images]()
@@ -101,7 +114,8 @@ def optimise_edits(
         batch = prepared[update % len(prepared)]
         if len(unedited) < len(prepared):
             unedited.append(run(batch.shots, ()).detach())
-        images = run(batch.shots, batch.hooks(strengths))
+        directions = [start + start.norm() * turn for start, turn in zip(starts, turns, strict=True)]
+        images = run(batch.shots, batch.hooks(strengths, directions))
         shows = judge.shows(task, batch.trials, images)
         changes = judge.changes(task, batch.trials, unedited[update % len(prepared)], images)
         loss = -shows.clamp(max=math.log(ENOUGH)).mean() + config.keep * changes.mean()
@@ -121,13 +135,23 @@ def optimise_edits(
         for step, value in enumerate(row)
         if abs(value) >= SMALLEST and (edit.steps is None or edit.steps[0] <= step < edit.steps[1])
     ]
-    return OptimisedEdits(tuple(optimised), tuple(losses), tuple(shown))
+    found = {}
+    for edit, start, turn in zip(edits, starts, turns, strict=True):
+        if config.directions:
+            found[edit.site] = (start + start.norm() * turn).detach()
+    return OptimisedEdits(tuple(optimised), tuple(losses), tuple(shown), found)
+
+
+def _direction(edit: Edit, features: Callable[[Edit], EditFeatures]) -> Float[Tensor, " width"]:
+    """Return what an edit adds at a strength of 1."""
+    found = features(edit)
+    return (found.units[edit.unit].to(found.decoder) @ found.decoder).detach().cpu()
 
 
 @final
 @dataclass(frozen=True)
 class _TrialBatch:
-    """Trials, their shots, and the hooks that make each edit at a strength of 1, by site."""
+    """Trials, their shots, and hooks that add the weight of each edit at each token to its first number, by site."""
 
     trials: Sequence[SteeringTrial]
     shots: tuple[Shot, ...]
@@ -140,21 +164,23 @@ class _TrialBatch:
     ) -> _TrialBatch:
         units = dict[Site, dict[int, SteeringHook]]()
         for number, edit in enumerate(edits):
-            method = SteeringMethod.of_edits("", [replace(edit, strength=1.0)], features, (1.0,))
+            one = torch.eye(1, len(_direction(edit, features)))
+            weights = features(edit)._replace(decoder=one, units={edit.unit: torch.ones(1)})
+            method = SteeringMethod.of_edits("", [replace(edit, strength=1.0)], lambda _, found=weights: found, (1.0,))
             for hook in batch_hooks(trials, [method.apply(trial, 1.0)[1] for trial in trials]):
                 units.setdefault(hook.site, {})[number] = hook
         shots = tuple(replace(settings, prompt=trial.prompt, seed=trial.seed, timestep=None) for trial in trials)
         return cls(trials, shots, units)
 
-    def hooks(self, strengths: Float[Tensor, "edit step"]) -> list[SteeringHook]:
-        """Return hooks that make the edits at `strengths`."""
+    def hooks(self, strengths: Float[Tensor, "edit step"], directions: Sequence[Float[Tensor, " width"]]) -> list[SteeringHook]:
+        """Return hooks that make the edits at `strengths` along `directions`."""
 
         def change(units: Mapping[int, SteeringHook], x: Tensor, context: HookContext) -> Tensor | None:
             still, total = torch.zeros_like(x), None
             for number, unit in units.items():
-                delta = unit.change(still, context)
-                if delta is not None:
-                    part = strengths[number, context.step].to(x) * delta
+                weights = unit.change(still, context)
+                if weights is not None:
+                    part = weights[..., :1] * (strengths[number, context.step] * directions[number]).to(x)
                     total = part if total is None else total + part
             return None if total is None else x + total
 

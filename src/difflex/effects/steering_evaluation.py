@@ -2,99 +2,44 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import ClassVar, NamedTuple, final
 
 from PIL import Image
 
-from difflex.choices import Unit
-from difflex.effects.automatic import plan_edits, sited_features
 from difflex.effects.concept_specs import DRAWN_WORLD, JudgedWorld
 from difflex.effects.drawn_world import drawn_generator, group_of
-from difflex.effects.effect_aware import EffectConfig, optimise_edits
 from difflex.effects.inputs import (
     ModelFunctions,
     NeuronBaseline,
     Provenance,
-    check_images,
-    check_steps,
     concept_matches,
     neuron_baseline,
     to_images,
 )
 from difflex.effects.judging import (
     Images,
-    JudgedGenerator,
-    JudgedTask,
     SteeringMethod,
     SteeringTrial,
     StrengthCurve,
     judge_methods,
 )
+from difflex.effects.planned_steering import SteeringPlanner
 from difflex.effects.resuming import FinishedConcepts
+from difflex.effects.steering_config import SteeringConfig, TargetConcept
 from difflex.effects.steering_strips import ImageStrip, delete_other_strips, draw_strips, has_strips, write_strips
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput
 from difflex.files import folder_lock
 from difflex.json_records import JsonRecord
-from difflex.miniature.world import CONCEPTS
-from difflex.records import Edit, Shot
-from difflex.steering import EditRecord, SteeringHook, StudyEditor, random_features
+from difflex.records import Edit
+from difflex.steering import SteeringHook, StudyEditor, random_features
 from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study
 from difflex.tables import text_table
-from difflex.values import check_fields
-
-PLANNED = 41
-"""Images for each prompt that a plan is chosen on, at most: unedited, and at five doses of eight plans."""
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class SteeringConfig:
-    """Which concepts are steered towards, and how."""
-
-    groups: tuple[str, ...] = ("colour", "texture", "background", "shape", "style")
-    """Groups of concepts of the drawn world."""
-    min_ap: float = 0.8
-    """Least average precision of a feature."""
-    trials: int = 24
-    """Images of each concept."""
-    pairs: int = 20
-    """Pairs of captions for each contrast."""
-    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
-    """Of features in `unit`, of contrasts in lengths of their own."""
-    unit: Unit = "peak"
-    edit_steps: tuple[int, int] | None = None
-    """First denoising step to edit and the one after the last; None for all."""
-    automatic: bool = False
-    """Also steer with the features of all sites, with sites, operation, steps and dose chosen on prompts of their own."""
-    effect_updates: int = 0
-    """Also optimise the strengths of each site and step through the model, in so many updates; 0 does not."""
-    tuning: int = 8
-    """Prompts of each concept for these two; they are never judged."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_steps(self.edit_steps)
-        for group in self.groups:
-            if group not in CONCEPTS:
-                raise UnknownName.among("The group", group, CONCEPTS)
-        if self.trials < 1 or self.pairs < 1 or self.tuning < 1 or self.effect_updates < 0 or not self.strengths:
-            raise BadInput(
-                f"{self.trials} trials, {self.pairs} pairs, {self.tuning} prompts to tune and {len(self.strengths)} strengths, "
-                f"with {self.effect_updates} updates, leave nothing to judge. Ask for 1 or more of each; updates may be 0."
-            )
-        self.check_images(1)
-
-    def check_images(self, concepts: int) -> None:
-        """Refuse to generate too many images for a number of concepts."""
-        planned = self.tuning * (PLANNED * self.automatic + self.effect_updates)
-        check_images(concepts * (self.trials * (2 + 4 * len(self.strengths)) + 2 * self.pairs + planned))
 
 
 @final
@@ -137,15 +82,6 @@ class SteeringEvaluation(NamedTuple):
     results: SteeringResults
     concepts: int
     is_reused: bool
-
-
-class _TargetConcept(NamedTuple):
-    """A concept and the feature to steer with."""
-
-    concept: str
-    feature: int
-    ap: float | None
-    """Average precision; None for a feature that the concept file names."""
 
 
 def run_steering_evaluation(
@@ -204,10 +140,10 @@ def run_steering_evaluation(
         yield SteeringEvaluation(place, path, results, len(concepts), False)
 
 
-def _target_concepts(study: Study, place: DictionaryRef, config: SteeringConfig, world: JudgedWorld) -> list[_TargetConcept]:
+def _target_concepts(study: Study, place: DictionaryRef, config: SteeringConfig, world: JudgedWorld) -> list[TargetConcept]:
     """Return the concepts to steer towards, with the features that the concept file names or that detect them best."""
     specs = world.concepts.specs
-    named = [_TargetConcept(spec.concept, spec.feature, None) for spec in specs.values() if spec.feature is not None]
+    named = [TargetConcept(spec.concept, spec.feature, None) for spec in specs.values() if spec.feature is not None]
     if specs and len(named) == len(specs):
         return named
     matches = concept_matches(study, place)
@@ -217,7 +153,7 @@ def _target_concepts(study: Study, place: DictionaryRef, config: SteeringConfig,
         )
     unnamed = {name for name, spec in specs.items() if spec.feature is None}
     return named + [
-        _TargetConcept(concept.name, result.best.features[0], result.best.ap.value)
+        TargetConcept(concept.name, result.best.features[0], result.best.ap.value)
         for result in matches.clearest_level.results
         if (concept := result.concept).name in unnamed
         or (not specs and concept.group in config.groups and group_of(concept.name))
@@ -226,7 +162,7 @@ def _target_concepts(study: Study, place: DictionaryRef, config: SteeringConfig,
 
 
 def _provenance(
-    study: Study, place: DictionaryRef, concepts: Sequence[_TargetConcept], neurons: NeuronBaseline | None, world: JudgedWorld
+    study: Study, place: DictionaryRef, concepts: Sequence[TargetConcept], neurons: NeuronBaseline | None, world: JudgedWorld
 ) -> Provenance:
     features = {place: {target.concept: target.feature for target in concepts}}
     if neurons is not None:
@@ -250,7 +186,7 @@ class _SteeringRun:
     neurons: NeuronBaseline | None
 
     def judge(
-        self, concepts: Sequence[_TargetConcept], finished: FinishedConcepts[SteeredConcept], log: Callable[[str], None]
+        self, concepts: Sequence[TargetConcept], finished: FinishedConcepts[SteeredConcept], log: Callable[[str], None]
     ) -> list[SteeredConcept]:
         """Return the curves and strips of each concept; those that are finished are read."""
         generator, first = self.world.judged(drawn_generator(self.model)), list[Image.Image]()
@@ -261,11 +197,12 @@ class _SteeringRun:
             return images
 
         recorded = generator._replace(images=record_first)
+        planner = SteeringPlanner(self.editor, self.place, self.config, self.model, self.world)
 
-        def steer(target: _TargetConcept) -> tuple[SteeredConcept, dict[str, bytes]]:
+        def steer(target: TargetConcept) -> tuple[SteeredConcept, dict[str, bytes]]:
             task = self.world.task(target.concept, self.config.trials)
             first.clear()
-            curves = tuple(judge_methods(task, self._methods(target) | dict(self._planned(target, generator)), recorded))
+            curves = tuple(judge_methods(task, self._methods(target) | dict(planner.methods(target, generator)), recorded))
             strips = dict(draw_strips(task, curves, first))
             return SteeredConcept(curves=curves, strips=tuple(strips)), {_part_file(strip): strips[strip] for strip in strips}
 
@@ -276,7 +213,7 @@ class _SteeringRun:
             parts.append(finished.get_or(target.concept, partial(steer, target)))
         return parts
 
-    def _methods(self, target: _TargetConcept) -> dict[str, SteeringMethod]:
+    def _methods(self, target: TargetConcept) -> dict[str, SteeringMethod]:
         """Return the methods by name: the feature, and the baselines."""
         site, label = self.place
         concept, strengths, steps = target.concept, self.config.strengths, self.config.edit_steps
@@ -299,52 +236,6 @@ class _SteeringRun:
             edit = replace(edit, site=site, dictionary=label, features=(self.neurons.best[concept],))
             methods["neuron"] = SteeringMethod.adding(edit, self.editor.features(edit), strengths)
         return methods
-
-    def _planned(self, target: _TargetConcept, generator: JudgedGenerator) -> Iterator[tuple[str, SteeringMethod]]:
-        """Yield the methods that are found on prompts of their own, which are never judged, and write their edits."""
-        config, features = self.config, cache(self.editor.features)
-        if not config.automatic and not config.effect_updates:
-            return
-        task = self.world.task(target.concept, config.trials + config.tuning)
-        task = replace(task, trials=task.trials[config.trials :])
-        sited = sited_features(self.editor, target.concept, self.place, target.feature, config.min_ap)
-        settings = replace(self.model.shots(range(1))[0], timestep=None)
-        edits = [
-            Edit(
-                operation="add",
-                site=place.site,
-                dictionary=place.label,
-                features=(feature,),
-                unit=config.unit,
-                steps=config.edit_steps,
-            )
-            for place, feature, _ in sited
-        ]
-        if config.automatic:
-            plan = plan_edits(JudgedTask(task, generator), sited, features, settings.steps, edits[0])
-            dose = plan.point.strength
-            self._write_edits(
-                target, "automatic", [replace(edit, strength=dose * edit.strength) for edit in plan.edits], settings
-            )
-            yield "automatic", SteeringMethod.of_edits(plan.name, plan.edits, features, (dose,))
-        if config.effect_updates:
-            assert self.world.effect_judge is not None
-            judge, effect = self.world.effect_judge(), EffectConfig(updates=config.effect_updates, batch=min(8, config.tuning))
-            found = optimise_edits(task, edits, features, settings, self.model.differentiable, judge, effect)
-            self._write_edits(target, "effect-aware", found.edits, settings)
-            name = f"{len(found.edits)} strengths of {len(sited)} sites"
-            yield "effect-aware", SteeringMethod.of_edits(name, found.edits, features, (1.0,))
-
-    def _write_edits(self, target: _TargetConcept, method: str, edits: Sequence[Edit], settings: Shot) -> None:
-        """Write edits as a record of the first trial, for `difflex steer --replay` and `--also`."""
-        if not edits:
-            return
-        trial = self.world.task(target.concept, 1).trials[0]
-        placed = tuple(replace(edit, region=None if edit.site.stream == "text" else trial.region) for edit in edits)
-        shot = replace(settings, prompt=trial.prompt, seed=trial.seed)
-        record = EditRecord(shot=shot, edits=placed, checksums=self.editor.checksums(placed))
-        name = re.sub(r"\W+", "-", target.concept)
-        record.save(self.editor.study.steering(*self.place).with_suffix("") / f"{name}-{method}.json")
 
 
 def _part_file(strip: ImageStrip) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -59,7 +59,8 @@ class Contrast:
     site: Site
     model: str
     revision: str | None
-    method: ContrastMethod
+    method: ContrastMethod | Literal["effect"]
+    """How it was found; `effect` by gradients of a judge."""
     pairs: int
     timesteps: tuple[float, ...]
     """Of the activations."""
