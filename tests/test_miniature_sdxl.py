@@ -20,7 +20,7 @@ from difflex.miniature.exporting import generate_images, write_card
 from difflex.miniature.flow import SIZES, CaptionTokens, FlowBatch, FlowRecipe, FlowSize, draw_latents, flow_loss
 from difflex.miniature.learner import FlowLearner
 from difflex.miniature.patches import PatchComponents, patch_vae, write_encoder
-from difflex.miniature.sdxl import PLACE_WEIGHT, MiniatureSdxlConfig
+from difflex.miniature.sdxl import OBJECT_WEIGHT, PLACE_WEIGHT, MiniatureSdxlConfig
 from difflex.miniature.training import TrainingFolder, train_flow
 from difflex.miniature.world import SceneMix
 from difflex.tensors import read_tensors
@@ -108,21 +108,21 @@ def test_every_matrix_of_the_blocks_and_every_kernel_is_trained_by_muon_and_all_
     assert [name for name, x in model.named_parameters() if (x.grad is None) == x.requires_grad] == []
 
 
-def test_places_are_read_from_the_layer_before_the_sites_and_learned_within_a_few_updates():
+def test_the_heads_learn_places_and_objects_within_a_few_updates():
     pipeline = TINY.pipeline(0)
     model, ids = TINY.model(pipeline), CaptionTokens(pipeline)(["a red star"] * 4)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
 
     def loss() -> float:
         model.velocity(torch.randn(4, 1024, 8), torch.full((4,), 999), *ids)
-        extra = torch.as_tensor(model.extra_loss())
+        extra = torch.as_tensor(model.extra_loss(torch.zeros(4, 1024)))
         optimiser.zero_grad()
         extra.backward()
         optimiser.step()
-        return extra.item() / PLACE_WEIGHT
+        return extra.item()
 
     losses = [loss() for _ in range(40)]
-    assert losses[0] > 0.9 * math.log(8) and losses[-1] < 0.6 * losses[0]
+    assert losses[0] > 0.9 * (PLACE_WEIGHT * math.log(8) + OBJECT_WEIGHT * math.log(2)) and losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.slow

@@ -57,8 +57,8 @@ class FlowModel(nn.Module, ABC):
     def velocity(self, noisy: Tensor, time: Tensor, text: Tensor, text_2: Tensor) -> Float[Tensor, "scene position channel"]:
         """Predict the target of noisy latents for captions as ids of both text encoders."""
 
-    def extra_loss(self) -> Tensor | float:
-        """Return what is added to the loss of the last prediction."""
+    def extra_loss(self, objects: Float[Tensor, "scene position"]) -> Tensor | float:
+        """Return what is added to the loss of the last prediction; `objects` is the share of each position that they cover."""
         return 0.0
 
 

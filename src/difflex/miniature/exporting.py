@@ -77,8 +77,8 @@ SDXL = """A text-to-image model with the architecture of SDXL, small enough to b
 layers each ({text_width} wide), an `AutoencoderKL` and an `EulerDiscreteScheduler` whose first step begins at noise alone.
 {pixels} x {pixels} pixels are 8 x 8 positions at the attention blocks `down.2.0`, `down.2.1`, `mid.0`, `up.0.0`, `up.0.1` and
 `up.0.2`; unlike in SDXL, the middle resolution has no attention"""
-PLACES = """A linear head reads the row and the column of each place from the last residual layer before `down.2.1`, for a
-  U-Net has no positional encoding; no head reads concepts."""
+PLACES = """Two linear heads help, as a U-Net has no positional encoding: one reads the row and the column of each place from the
+  last residual layer before `down.2.1`, one from the middle block whether an object covers it; no head reads concepts."""
 PLAIN = """none is folded in, unlike in `{base}`, which was trained further from these weights. Guidance of
   {recipe[guidance]:g} takes a second call in each step, with the empty caption (`{flag}={recipe[guidance]:g}`)."""
 

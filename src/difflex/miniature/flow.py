@@ -115,7 +115,7 @@ SIZES = {
         muon_rate=4e-3,
         adam_rate=1e-3,
         # Small updates, for a CPU.
-        recipe=FlowRecipe(length=12_000, batch=32, mixes=((0.4, 0.4, 0.2), (0.15, 0.55, 0.3)), averaging=(0.999, 0.998)),
+        recipe=FlowRecipe(length=13_000, batch=32, mixes=((0.4, 0.4, 0.2), (0.15, 0.55, 0.3)), averaging=(0.999, 0.998)),
     ),
 }
 
@@ -250,4 +250,4 @@ def flow_loss(model: FlowModel, batch: FlowBatch, recipe: FlowRecipe, teacher: G
     emphasis = recipe.object_weight * ((high - batch.level) / (high - low)).clamp(0, 1)
     weight = 1 + emphasis[:, None] * batch.objects
     error = (velocity.float() - target).square().mean(-1)
-    return (error * weight).sum() / weight.sum() + model.extra_loss()
+    return (error * weight).sum() / weight.sum() + model.extra_loss(batch.objects)

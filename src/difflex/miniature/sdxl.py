@@ -2,10 +2,12 @@
 
 Attention is at the lowest of three resolutions, 8 x 8, where the sites of arXiv 2410.22366 are: down.2.1, mid.0, up.0.0, up.0.1.
 A U-Net has no positional encoding: it knows places by the padding at the borders alone, which it learns late or never in a short
-training. So a linear head reads the row and the column of each place from the last residual layer before `down.2.1`.
+training. So two linear heads help: one reads the row and the column of each place from the last residual layer before `down.2.1`,
+and one from the middle block whether an object covers it, which only the caption says at high noise.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, final
 
 import torch
@@ -22,8 +24,8 @@ from difflex.miniature.world import PIXELS
 TIME_ID_WIDTH = 8
 TIME_IDS = (PIXELS, PIXELS, 0, 0, PIXELS, PIXELS)
 """Original size, crop and target size, as the pipeline has them by default."""
-PLACE_WEIGHT = 0.1
-"""Of the loss of the head that reads places."""
+PLACE_WEIGHT, OBJECT_WEIGHT = 0.1, 0.2
+"""Of the losses of the two heads."""
 
 
 @final
@@ -108,9 +110,10 @@ class SdxlFlow(FlowModel):
         super().__init__()
         self.unet, self.clip, self.clip_2 = pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2
         self._grid, last = grid, self.unet.down_blocks[-1].resnets[-1]
-        self.places = nn.Linear(last.out_channels, 2 * (grid // 4))
-        self._placed = torch.empty(0)
-        last.register_forward_hook(self._keep)
+        self.places, self.objects = nn.Linear(last.out_channels, 2 * (grid // 4)), nn.Linear(last.out_channels, 1)
+        self._read: dict[str, Tensor] = {}
+        last.register_forward_hook(partial(self._keep, "places"))
+        self.unet.mid_block.register_forward_hook(partial(self._keep, "objects"))
         for unread in (self.clip.encoder.layers[-1], self.clip.final_layer_norm):
             unread.requires_grad_(False)
         signal = pipeline.scheduler.alphas_cumprod.float().sqrt()
@@ -119,8 +122,8 @@ class SdxlFlow(FlowModel):
         self.register_buffer("levels", noise / (signal + noise), persistent=False)
         self.register_buffer("time_ids", torch.tensor([TIME_IDS], dtype=torch.float32), persistent=False)
 
-    def _keep(self, module: nn.Module, args: object, output: Tensor) -> None:
-        self._placed = output
+    def _keep(self, name: str, module: nn.Module, args: object, output: Tensor) -> None:
+        self._read[name] = output.float().movedim(1, 3)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -148,9 +151,11 @@ class SdxlFlow(FlowModel):
         )[0]
         return predicted.flatten(2).movedim(1, 2)
 
-    def extra_loss(self) -> Tensor:
-        """Return the cross-entropy of rows and columns as the head reads them."""
-        scores = self.places(self._placed.float().movedim(1, 3)).unflatten(3, (2, -1)).movedim(4, 1)
+    def extra_loss(self, objects: Float[Tensor, "scene position"]) -> Tensor:
+        """Return the cross-entropies of what the heads read."""
+        scores = self.places(self._read["places"]).unflatten(3, (2, -1)).movedim(4, 1)
         index = torch.arange(scores.shape[1], device=scores.device)
         truth = torch.stack(torch.meshgrid(index, index, indexing="ij"), dim=-1)
-        return PLACE_WEIGHT * F.cross_entropy(scores, truth.expand(len(scores), -1, -1, -1))
+        loss = PLACE_WEIGHT * F.cross_entropy(scores, truth.expand(len(scores), -1, -1, -1))
+        covered = F.adaptive_avg_pool2d(objects.unflatten(1, (self._grid, self._grid)), scores.shape[2])
+        return loss + OBJECT_WEIGHT * F.binary_cross_entropy_with_logits(self.objects(self._read["objects"])[..., 0], covered)
