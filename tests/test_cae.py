@@ -10,6 +10,7 @@ from fake_hub import fake_hub, use_hub
 
 import difflex
 from difflex.cli import main
+from difflex.commands.behaviour_files import read_behaviour
 from difflex.commands.cae import text_functions
 from difflex.effects.activation_addition import (
     AdditionConfig,
@@ -22,7 +23,6 @@ from difflex.effects.activation_addition import (
     measure_addition,
 )
 from difflex.effects.addition_findings import AdditionFindings, find_findings
-from difflex.effects.behaviour_files import read_behaviour
 from difflex.effects.drawn_behaviours import drawn_behaviours, drawn_neutral
 from difflex.errors import BadInput, BrokenFile
 from difflex.miniature.language.exporting import export_language

@@ -93,7 +93,7 @@ class CaeCommand(Command):
         return paths
 
     def _behaviours(self, questions: int) -> list[BehaviourSet]:
-        from difflex.effects.behaviour_files import read_behaviour
+        from difflex.commands.behaviour_files import read_behaviour
         from difflex.effects.drawn_behaviours import drawn_behaviours
 
         found: list[BehaviourSet] = []

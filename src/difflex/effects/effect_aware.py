@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, final
@@ -97,16 +97,8 @@ def optimise_edits(
         raise BadInput("Strengths are optimised of edits that add, in units other than current-norm. Give one or more of them.")
     batches = [task.trials[start : start + config.batch] for start in range(0, len(task.trials), config.batch)]
     prepared = [_TrialBatch.of(trials, edits, features, settings) for trials in batches]
-    strengths, starts = (
-        torch.zeros(len(edits), settings.steps, requires_grad=True),
-        [_direction(edit, features) for edit in edits],
-    )
-    turns = [torch.zeros_like(start, requires_grad=config.directions) for start in starts]
-    # A direction turns about as fast as a strength grows.
-    groups = [{"params": [strengths], "lr": config.rate}]
-    groups += [{"params": [turn], "lr": config.rate / len(turn) ** 0.5} for turn in turns if config.directions]
-    # Short memories: strengths that are more than enough must not keep growing.
-    adam = torch.optim.Adam(groups, betas=(0.5, 0.9))
+    found = _EditParameters.of([_direction(edit, features) for edit in edits], settings.steps, config.directions)
+    adam = found.optimiser(config.rate)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.updates)
     losses, shown = list[float](), list[float]()
     unedited = list[Images]()
@@ -114,12 +106,11 @@ def optimise_edits(
         batch = prepared[update % len(prepared)]
         if len(unedited) < len(prepared):
             unedited.append(run(batch.shots, ()).detach())
-        directions = [start + start.norm() * turn for start, turn in zip(starts, turns, strict=True)]
-        images = run(batch.shots, batch.hooks(strengths, directions))
+        images = run(batch.shots, batch.hooks(found.strengths, found.directions()))
         shows = judge.shows(task, batch.trials, images)
         changes = judge.changes(task, batch.trials, unedited[update % len(prepared)], images)
         loss = -shows.clamp(max=math.log(ENOUGH)).mean() + config.keep * changes.mean()
-        loss = loss + config.strength_cost * strengths.abs().mean()
+        loss = loss + config.strength_cost * found.strengths.abs().mean()
         if not bool(torch.isfinite(loss)):
             raise NonFinite(f"The loss of update {update} for '{task.concept}' is NaN or infinite. Lower the learning rate.")
         adam.zero_grad()
@@ -128,18 +119,42 @@ def optimise_edits(
         falling.step()
         losses.append(loss.item())
         shown.append(shows.detach().exp().mean().item())
-    values = strengths.detach().tolist()
-    optimised = [
-        replace(edit, strength=round(value, 4), steps=(step, step + 1))
-        for edit, row in zip(edits, values, strict=True)
-        for step, value in enumerate(row)
-        if abs(value) >= SMALLEST and (edit.steps is None or edit.steps[0] <= step < edit.steps[1])
-    ]
-    found = {}
-    for edit, start, turn in zip(edits, starts, turns, strict=True):
-        if config.directions:
-            found[edit.site] = (start + start.norm() * turn).detach()
-    return OptimisedEdits(tuple(optimised), tuple(losses), tuple(shown), found)
+    edited = tuple(_lasting(edits, found.strengths.tolist()))
+    directions = {edit.site: direction.detach() for edit, direction in zip(edits, found.directions(), strict=True)}
+    return OptimisedEdits(edited, tuple(losses), tuple(shown), directions if config.directions else {})
+
+
+class _EditParameters(NamedTuple):
+    """What is optimised."""
+
+    strengths: Float[Tensor, "edit step"]
+    starts: list[Float[Tensor, " width"]]
+    turns: list[Float[Tensor, " width"]]
+    """By how much of its own length each direction is moved."""
+
+    @classmethod
+    def of(cls, starts: list[Tensor], steps: int, turns: bool) -> _EditParameters:
+        strengths = torch.zeros(len(starts), steps, requires_grad=True)
+        return cls(strengths, starts, [torch.zeros_like(start, requires_grad=turns) for start in starts])
+
+    def directions(self) -> list[Float[Tensor, " width"]]:
+        """Return what a strength of 1 adds, for each edit."""
+        return [start + start.norm() * turn for start, turn in zip(self.starts, self.turns, strict=True)]
+
+    def optimiser(self, rate: float) -> torch.optim.Adam:
+        """Return Adam, which turns a direction about as fast as it changes a strength."""
+        groups = [{"params": [self.strengths], "lr": rate}]
+        groups += [{"params": [turn], "lr": rate / len(turn) ** 0.5} for turn in self.turns if turn.requires_grad]
+        # Short memories: strengths that are more than enough must not keep growing.
+        return torch.optim.Adam(groups, betas=(0.5, 0.9))
+
+
+def _lasting(edits: Sequence[Edit], strengths: Sequence[Sequence[float]]) -> Iterator[Edit]:
+    """Yield an edit for each site and step whose strength counts."""
+    for edit, row in zip(edits, strengths, strict=True):
+        for step, strength in enumerate(row):
+            if abs(strength) >= SMALLEST and (edit.steps is None or edit.steps[0] <= step < edit.steps[1]):
+                yield replace(edit, strength=round(strength, 4), steps=(step, step + 1))
 
 
 def _direction(edit: Edit, features: Callable[[Edit], EditFeatures]) -> Float[Tensor, " width"]:
