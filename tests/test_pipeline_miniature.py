@@ -74,7 +74,8 @@ def test_an_embedded_model_is_a_folder_in_bf16_with_a_card_and_no_path_of_a_mach
     assert defaults["name"] == name and defaults["description"].endswith(".")
     assert f"\n# {name}\n" in (folder / "README.md").read_text(encoding="utf-8")
     assert not [path for path in folder.rglob("*.json") if "_name_or_path" in path.read_text(encoding="utf-8")]
-    with safe_open(folder / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as weights:
+    [denoiser] = [path for part in ("transformer", "unet") for path in folder.glob(f"{part}/*.safetensors")]
+    with safe_open(denoiser, "pt") as weights:
         assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"BF16"}  # noqa: SIM118
 
 

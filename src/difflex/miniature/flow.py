@@ -115,7 +115,7 @@ SIZES = {
         muon_rate=4e-3,
         adam_rate=1e-3,
         # Small updates, for a CPU.
-        recipe=FlowRecipe(length=13_000, batch=32, mixes=((0.4, 0.4, 0.2), (0.15, 0.55, 0.3)), averaging=(0.999, 0.998)),
+        recipe=FlowRecipe(length=12_000, batch=32, mixes=((0.4, 0.4, 0.2), (0.15, 0.55, 0.3)), averaging=(0.999, 0.998)),
     ),
 }
 
