@@ -90,6 +90,9 @@ def test_pairs_of_texts_are_questions_with_two_answers(tmp_path: Path):
     file.write_text("I like warm days.\tI like cold days.\nWarm\tCold\nI\tI do\n")
     questions = read_behaviour(str(file)).questions
     assert questions == (("I like", " warm days.", " cold days."), ("", "Warm", "Cold"), ("", "I", "I do"))
+    file.write_bytes(b"caf\xe9\tbar")
+    with pytest.raises(BrokenFile, match="not UTF-8"):
+        read_behaviour(str(file))
     for line, complaint in (("one text", "not two texts"), ("the same\tthe same", "the same text twice")):
         file.write_text(line)
         with pytest.raises(BrokenFile, match=f"Line 1 of .*{complaint}"):

@@ -30,6 +30,8 @@ from difflex.commands.evaluation import EvaluateCommand
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.study import command_words
 from difflex.commands.training import TrainCommand
+from difflex.effects.addition_findings import AdditionFinding, AdditionFindings
+from difflex.effects.finding_rules import FindingLine
 from difflex.errors import UnknownName
 from difflex.evaluation.concepts import Concept, ConceptsConfig
 from difflex.recipes import RECIPES
@@ -919,6 +921,28 @@ def test_findings_are_shown_with_verdict_and_rule_at_every_site(tmp_path: Path):
     change(path, lambda text: text.replace('"model": "mini-flux"', '"model": "other"'))
     assert "double.1.json is of other" in page_of(study)
     assert {row["site"] for row in rows_of(study, "findings")} == {"double.2"}
+
+
+def test_findings_on_language_models_are_shown(tmp_path: Path):
+    study = full_study(tmp_path)
+    line = FindingLine(name="all behaviours", x=(1.0, 80.0), y=(0.1, 0.3), errors=(0.02, 0.02), concepts=6)
+    finding = AdditionFinding(
+        name="samples",
+        claim="It flattens.",
+        rule="Less than 0.05.",
+        verdict="holds here",
+        reason="It rises by 0.01.",
+        x="pairs",
+        y="shift",
+        lines=(line,),
+    )
+    AdditionFindings(model=study.model, findings=(finding,)).save(study.addition("findings"))
+    [part] = re.findall(r'id="figure-finding_cae_samples".*?</figure>', page_of(study), flags=re.DOTALL)
+    assert "It flattens." in part and "holds here. It rises by 0.01." in part and "arXiv 2505.03189" in part
+    assert [row["shift"] for row in rows_of(study, "finding_cae_samples")] == ["0.1", "0.3"]
+    assert "all behaviours: shift at pairs 80" in {row["number"] for row in rows_of(study, "findings")}
+    change(study.addition("findings"), lambda text: text.replace('"model": "mini-flux"', '"model": "other"'))
+    assert "of other, not of this study. Run difflex cae again." in page_of(study)
 
 
 def test_measures_and_block_roles_are_shown_with_their_baselines_and_verdicts(tmp_path: Path):

@@ -23,7 +23,11 @@ def read_behaviour(source: str, offline: bool = False) -> BehaviourSet:
     """
     path = _locate(source, offline)
     with disk_errors(path, "read"):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        content = path.read_bytes()
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise BrokenFile(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8.") from error
     read = _entry if path.suffix == ".jsonl" else _line
     questions = [read(f"Line {number} of {path}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not questions:
