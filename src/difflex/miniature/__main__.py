@@ -117,11 +117,12 @@ def _export(flags: argparse.Namespace) -> None:
 
 
 def _card(flags: argparse.Namespace) -> None:
-    """Examine an exported model at 4 and 20 steps, also with guidance if it needs some, and write its model card."""
+    """Examine an exported model at 4 and 20 steps, a U-Net at 1 as well, with guidance if it needs some; write its card."""
     record, examinations = TrainingRecord.load(flags.model), {}
+    begins_at_noise = (flags.model / "unet").exists()
     for scale in (1.0,) if record.guided_updates else (1.0, record.recipe["guidance"]):
-        for steps in (STEPS, MANY_STEPS):
-            title = f"{steps} steps" + (f", guidance {scale:g}" if scale > 1 else "")
+        for steps in (STEPS, MANY_STEPS, 1) if begins_at_noise else (STEPS, MANY_STEPS):
+            title = f"{steps} step{'s' * (steps > 1)}" + (f", guidance {scale:g}" if scale > 1 else "")
             examinations[title] = _examine_model(flags.model, None, 500, steps, 0, scale)
     write_card(flags.model, examinations)
     print(f"Wrote {flags.model / 'README.md'}.")
