@@ -32,7 +32,7 @@ def shared_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("steer")
     model = tiny_folder("flux", root / "tiny-flux", defaults={"pixels": [[16, 24]]})
     (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(60)))
-    words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study")]
+    words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study"), "--seed", "0"]
     assert main([*words, "--site", SITE]) == 0
     assert (
         main(["train", str(root / "study"), "--site", SITE, "--k", "4", "--size", "64", "--tokens", "2000", "--batch", "64"]) == 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, final
 from tyro.conf import arg
 
 from difflex.choices import StoredDtype
-from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, TOKENS, Bytes, KeptSteps, ModelCommand, Pixels, Seeds
+from difflex.commands.flags import AMOUNT, BATCH, RANGE, SEED, STEPS, TOKENS, Bytes, KeptSteps, ModelCommand, Pixels
 from difflex.errors import BadInput
 from difflex.images import check_output
 from difflex.study import Study, StudySettings
@@ -39,7 +39,9 @@ class HarvestCommand(ModelCommand):
     """The column of a .csv, .json, .jsonl or .parquet file with the prompts."""
     prompts_revision: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
     """The revision of a data set on the hub."""
-    seeds: Annotated[Seeds | None, arg(help_behavior_hint="(default: prompt number i has the seed i)")] = None
+    seeds: Annotated[
+        range | None, RANGE, arg(aliases=["--seed"], help_behavior_hint="(default: prompt number i has the seed i)")
+    ] = None
     """Seeds for each prompt."""
     shuffle: Annotated[int | None, SEED, arg(help_behavior_hint="(default: in the order of the file)")] = None
     """Shuffle the prompts with this seed."""

@@ -5,6 +5,7 @@ levels at which the noisy image shows where they are. No loss reads concepts fro
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, final
 
@@ -241,8 +242,7 @@ class GuidanceTeacher:
 def flow_loss(model: FlowModel, batch: FlowBatch, recipe: FlowRecipe, teacher: GuidanceTeacher | None = None) -> Tensor:
     """Compute the mean squared error of the velocity, with positions weighted by their share of objects."""
     noisy, target, time = model.problem(batch.latents, batch.noise, batch.level)
-    # Some CPUs are slower in bfloat16 than in float32.
-    with torch.autocast(noisy.device.type, torch.bfloat16, enabled=noisy.device.type != "cpu"):
+    with _mixed_precision(noisy.device):
         velocity = model.velocity(noisy, time, batch.text, batch.text_2)
         if teacher:
             target = target + (recipe.guidance - 1) * teacher.effect(noisy, time, batch.text, batch.text_2)
@@ -251,3 +251,9 @@ def flow_loss(model: FlowModel, batch: FlowBatch, recipe: FlowRecipe, teacher: G
     weight = 1 + emphasis[:, None] * batch.objects
     error = (velocity.float() - target).square().mean(-1)
     return (error * weight).sum() / weight.sum() + model.extra_loss(batch.objects)
+
+
+def _mixed_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Return bfloat16 where the device has it, but on CPUs: some are slower in it than in float32."""
+    is_possible = device.type != "cpu" and torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, torch.bfloat16) if is_possible else nullcontext()
