@@ -93,7 +93,7 @@ class FlowOptimiser:
 def orthogonalise(x: Float[Tensor, "matrix row column"]) -> Float[Tensor, "matrix row column"]:
     """Move the singular values of each matrix to about 1: five Newton-Schulz steps, as in `torch.optim.Muon`."""
     tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).to(torch.float32 if x.device.type == "cpu" else torch.bfloat16)
+    y = (x.mT if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = y @ y.mT
