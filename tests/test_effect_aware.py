@@ -13,10 +13,11 @@ import difflex
 from difflex.effects.drawn_world import FIRST_CAPTION
 from difflex.effects.effect_aware import EffectConfig, EffectJudge, drawn_effect_judge, optimise_edits, similarity_effect_judge
 from difflex.effects.judging import SteeringTask, SteeringTrial
+from difflex.effects.planned_steering import _file_name
 from difflex.errors import BadInput
 from difflex.miniature import draw, load_judge
 from difflex.miniature.world import CONCEPTS, SceneMix
-from difflex.records import Edit, HookContext, Shot, Site
+from difflex.records import Edit, HookContext, Shot, Site, check_contrast_name
 from difflex.steering import EditFeatures, SteeringHook
 from difflex.testing import tiny_folder
 
@@ -76,6 +77,13 @@ def test_a_direction_turns_to_what_has_the_effect():
     assert edit.strength * float(direction[1]) == pytest.approx(1 + math.log(9) / 4, abs=0.2)
     fixed = optimise_edits(TASK, edits()[:1], lambda _: two_wide, SETTINGS, run_along, JUDGE, EffectConfig(updates=200, batch=2))
     assert not fixed.directions and fixed.shows[-1] < 0.5
+
+
+def test_concepts_of_other_alphabets_have_files_of_their_own():
+    names = [_file_name(concept) for concept in ("a red star", "звезда", "круг", "x" * 41, "x" * 42)]
+    assert names[0] == "a-red-star" and len({*names}) == 5
+    for name in names:
+        check_contrast_name(f"effect-{name}-transformer_blocks.1+smooth")
 
 
 def test_steps_that_are_not_edited_keep_no_strength():

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from hashlib import sha256
 from typing import final
 
 from difflex.effects.automatic import plan_edits, sited_features
@@ -112,4 +113,6 @@ class SteeringPlanner:
 
 
 def _file_name(concept: str) -> str:
-    return re.sub(r"\W+", "-", concept, flags=re.ASCII)[:60]
+    """Return a name of ASCII letters for files and contrasts; different for concepts that differ in other characters alone."""
+    name = re.sub(r"\W+", "-", concept, flags=re.ASCII)[:40]
+    return name if concept.isascii() and len(concept) <= 40 else f"{name}-{sha256(concept.encode()).hexdigest()[:8]}"
