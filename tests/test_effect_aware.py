@@ -13,7 +13,7 @@ import difflex
 from difflex.effects.drawn_world import FIRST_CAPTION
 from difflex.effects.effect_aware import EffectConfig, EffectJudge, drawn_effect_judge, optimise_edits, similarity_effect_judge
 from difflex.effects.judging import SteeringTask, SteeringTrial
-from difflex.effects.planned_steering import _file_name
+from difflex.effects.planned_steering import _contrast_name
 from difflex.errors import BadInput
 from difflex.miniature import draw, load_judge
 from difflex.miniature.world import CONCEPTS, SceneMix
@@ -79,11 +79,12 @@ def test_a_direction_turns_to_what_has_the_effect():
     assert not fixed.directions and fixed.shows[-1] < 0.5
 
 
-def test_concepts_of_other_alphabets_have_files_of_their_own():
-    names = [_file_name(concept) for concept in ("a red star", "звезда", "круг", "x" * 41, "x" * 42)]
-    assert names[0] == "a-red-star" and len({*names}) == 5
+def test_directions_of_any_concept_at_any_site_have_names_of_their_own():
+    concepts = ("a red star", "звезда", "круг", "x" * 41, "x" * 42)
+    names = [_contrast_name(concept, Site.parse("double.1:smooth")) for concept in concepts]
+    assert names[0] == "effect-a-red-star-double.1-smooth" and len({*names}) == 5
     for name in names:
-        check_contrast_name(f"effect-{name}-transformer_blocks.1+smooth")
+        check_contrast_name(name)
 
 
 def test_steps_that_are_not_edited_keep_no_strength():

@@ -15,7 +15,7 @@ from difflex.effects.effect_aware import EffectConfig, OptimisedEdits, optimise_
 from difflex.effects.inputs import ModelFunctions
 from difflex.effects.judging import JudgedGenerator, JudgedTask, SteeringMethod, SteeringTask
 from difflex.effects.steering_config import SteeringConfig, TargetConcept
-from difflex.records import Edit, Shot
+from difflex.records import Edit, Shot, Site
 from difflex.steering import EditRecord, StudyEditor
 from difflex.steering.contrast import Contrast, contrast_features
 from difflex.study import DictionaryRef
@@ -78,7 +78,7 @@ class SteeringPlanner:
     ) -> SteeringMethod:
         """Return the method of optimised directions, and write these as contrasts of the study."""
         contrasts = {
-            f"effect-{_file_name(target.concept)}-{site.folder}": Contrast(
+            _contrast_name(target.concept, site): Contrast(
                 site=site,
                 model=settings.model,
                 revision=settings.revision,
@@ -110,6 +110,10 @@ class SteeringPlanner:
         record = EditRecord(shot=shot, edits=placed, checksums=self.editor.checksums(placed))
         folder = self.editor.study.steering(*self.place).with_suffix("")
         record.save(folder / f"{_file_name(target.concept)}-{method}.json")
+
+
+def _contrast_name(concept: str, site: Site) -> str:
+    return re.sub(r"[^\w.-]", "-", f"effect-{_file_name(concept)}-{site.folder}")
 
 
 def _file_name(concept: str) -> str:
