@@ -82,17 +82,29 @@ def test_a_strip_that_has_changed_or_a_clip_with_other_weights_is_judged_again(r
 
 
 def test_edits_are_planned_and_optimised_on_prompts_of_their_own_and_replayed(root: Path, tmp_path: Path):
-    flags = ["--clip", str(tiny_clip(root / "clip")), "--offline", "--automatic", "--effect-updates", "2", "--tuning", "1"]
+    flags = [
+        "--clip",
+        str(tiny_clip(root / "clip")),
+        "--offline",
+        "--automatic",
+        "--effect-updates",
+        "2",
+        "--effect-directions",
+        "--tuning",
+        "1",
+    ]
     assert main([*words(root)[: -len(FLAGS)], *FEW, *flags]) == 0
     results = judged(root)
-    assert [curve.method for curve in results.curves][4:] == ["automatic", "effect-aware"]
+    assert [curve.method for curve in results.curves][4:] == ["automatic", "effect-aware", "effect direction"]
     automatic, aware = results.of("automatic")[0], results.of("effect-aware")[0]
     assert len(automatic.points) == len(aware.points) == 1 and "strengths of 1 sites" in aware.description
     folder = root / "study" / "steering" / "judged" / "double.1" / "topk-32-k12"
     record = EditRecord.load(folder / "red-automatic.json")
     assert record.shot.prompt == "blue star" and record.edits[0].strength == automatic.points[0].strength
     assert {edit.operation for edit in EditRecord.load(folder / "red-effect-aware.json").edits} == {"add"}
-    for method in ("automatic", "effect-aware"):
+    turned = EditRecord.load(folder / "red-effect-direction.json").edits
+    assert {edit.contrast for edit in turned} == {"effect-red-double.1"}
+    for method in ("automatic", "effect-aware", "effect-direction"):
         command = ["steer", str(root / "study"), "--replay", str(folder / f"red-{method}.json")]
         assert main([*command, "--out", str(tmp_path / "out.png")]) == 0
 
