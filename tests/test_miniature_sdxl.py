@@ -27,7 +27,7 @@ from difflex.tensors import read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")  # of diffusers
 TINY = MiniatureSdxlConfig(widths=(8, 8, 16), text_width=16)
-SHORT = FlowRecipe(length=6, batch=2, guided_from=0.5)
+SHORT = FlowRecipe(length=6, batch=2, guided_from=0.5, one_step_from=0.7)
 CPU = torch.device("cpu")
 
 
@@ -80,6 +80,16 @@ def test_one_step_of_the_pipeline_begins_at_noise_alone_and_ends_at_what_trainin
     velocity = model.velocity(noisy, time, *CaptionTokens(pipeline)(captions))
     assert torch.allclose(generated.flatten(2).movedim(1, 2), -velocity, atol=1e-2)  # in float32, at a noise of 4,096
     assert torch.allclose(target, -latents, atol=2e-3) and time.tolist() == [999, 999]
+
+
+def test_a_model_draws_what_its_pipeline_draws():
+    pipeline, captions = untrained(), ["a red star", "two blue rings on grass"]
+    noise = torch.randn(2, 8, 32, 32, generator=torch.Generator().manual_seed(0))
+    for steps in (1, 3, 4):
+        drawn = TINY.model(pipeline).eval().draw(noise.flatten(2).movedim(1, 2), *CaptionTokens(pipeline)(captions), steps)
+        options = {"num_inference_steps": steps, "guidance_scale": 0.0, "output_type": "latent", "return_dict": False}
+        expected = torch.as_tensor(pipeline(captions, latents=noise.clone(), **options)[0])
+        assert torch.allclose(drawn, expected.flatten(2).movedim(1, 2), atol=1e-2)
 
 
 def test_noise_is_mixed_as_the_scheduler_of_the_pipeline_mixes_it():
@@ -177,6 +187,7 @@ def test_an_exported_model_is_a_pipeline_that_difflex_loads(run, tmp_path, monke
     assert {"down.2.1", "mid.0", "up.0.0", "up.0.1"} <= sites
     write_card(model, {"4 steps": {"all": {}, "unseen combinations": {"shape and colour": 0.9}}})
     card = (model / "README.md").read_text()
+    assert "- One step: in 1 last updates 75% of a batch" in card
     assert "`StableDiffusionXLPipeline`" in card and "[8, 8, 16] channels" in card and "velocity prediction, in bfloat16" in card
 
 

@@ -33,6 +33,7 @@ from difflex.miniature.flow import (
     FlowRecipe,
     FlowSize,
     GuidanceTeacher,
+    OneStepTeacher,
     draw_latents,
     flow_loss,
 )
@@ -48,7 +49,7 @@ from difflex.tensors import read_tensors
 # FLUX's query and key norms hold float32 weights, under autocast as in any mixed-precision training.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 TINY = MiniatureFluxConfig(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
-SHORT = FlowRecipe(length=12, batch=4, guided_from=0.5)
+SHORT = FlowRecipe(length=12, batch=4, guided_from=0.5, one_step_from=0.75)
 CPU = torch.device("cpu")
 
 
@@ -187,6 +188,12 @@ def test_the_learning_rate_warms_up_falls_and_begins_anew_with_guidance():
     assert factors[9000] == 0.12 and factors[-1] < 1e-4
 
 
+def test_the_learning_rate_begins_anew_when_one_step_is_learned():
+    recipe = FlowRecipe(length=10_000, guided_from=0.75, one_step_from=0.9)
+    factors = [recipe.rate_factor(recipe.progress(update, 0), update) for update in range(10_000)]
+    assert factors[7500] == 0.12 and factors[8999] < 1e-4 and factors[9000] == 0.25 and factors[-1] < 1e-4
+
+
 def test_the_last_part_of_the_training_has_more_pairs_and_noise():
     recipe = FlowRecipe(batch=512, mixes=((1, 0, 0), (0, 1, 0)), levels=((0, 0.1), (5, 0.1)), drop_caption=0.0)
     assert [recipe.trains_layout(x) for x in (0.62, 0.64)] == [False, True]
@@ -241,6 +248,33 @@ def test_guidance_moves_the_targets_along_the_effect(pipeline, components, monke
     assert abs(moved - plain - 400) < 40  # targets moved by (3 - 1) * 10 everywhere
 
 
+def test_one_step_is_taught_what_the_model_draws_in_several(pipeline, components):
+    batch, recipe = filled_batch(4, components), FlowRecipe()
+    model, former = TINY.model(pipeline), TINY.model(TINY.pipeline(1))
+    teacher = OneStepTeacher(former)
+    taught = teacher.batch(batch, recipe)
+    assert taught.level.tolist() == [1, 1, 1, batch.level[3].item()] and torch.equal(taught.latents[3], batch.latents[3])
+    drawn = former.draw(batch.noise, batch.text, batch.text_2, 4)
+    assert torch.allclose(taught.latents[:3], drawn[:3], atol=1e-5)
+    problem = model.problem(taught.latents, taught.noise, taught.level)
+    target = teacher.target(problem, taught, recipe)
+    assert torch.equal(problem.noisy[:3], batch.noise[:3])
+    assert torch.allclose(target[:3], batch.noise[:3] - drawn[:3], atol=1e-5)
+    with torch.no_grad():
+        velocity = former.velocity(problem.noisy, problem.time, batch.text, batch.text_2)
+    assert torch.allclose(target[3], velocity[3], atol=1e-5)
+
+
+def test_a_model_draws_what_its_pipeline_draws(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    model, captions, noise = TINY.model(pipeline), ["a red star", ""], torch.randn(2, 64, 64)
+    for steps in (1, 3):
+        drawn = model.draw(noise, *CaptionTokens(pipeline)(captions), steps)
+        options = {"height": 64, "width": 64, "max_sequence_length": 26, "guidance_scale": 0.0, "output_type": "latent"}
+        expected = pipeline(captions, latents=noise.clone(), num_inference_steps=steps, return_dict=False, **options)[0]
+        assert torch.allclose(drawn, expected, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The state of a whole training."""
@@ -249,12 +283,13 @@ def whole(tmp_path_factory):
         return trained(tmp_path_factory.mktemp("whole"))
 
 
-def test_guidance_begins_from_the_average(whole):
+def test_each_part_begins_from_the_average(whole):
     start = [x.detach() for x in TINY.model(TINY.pipeline(0)).parameters()]
     moved = {
-        kind: sum((whole[f"tiny.{kind}.{i}"] - x).square().sum() for i, x in enumerate(start)) for kind in ("base", "average")
+        kind: sum((whole[f"tiny.{kind}.{i}"] - x).square().sum() for i, x in enumerate(start))
+        for kind in ("base", "guided", "average")
     }
-    assert 0 < moved["base"] < moved["average"]
+    assert 0 < moved["base"] < moved["guided"] != moved["average"]
 
 
 SCRIPT = """
@@ -268,7 +303,7 @@ from difflex.miniature.flux import MiniatureFluxConfig
 training.CHECKPOINT_SECONDS = 0.0
 tiny = MiniatureFluxConfig(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
 SIZES["tiny"] = FlowSize(config=tiny)
-recipe = FlowRecipe(length=12, batch=4, guided_from=0.5)
+recipe = FlowRecipe(length=12, batch=4, guided_from=0.5, one_step_from=0.75)
 training.train_flow(training.TrainingFolder(Path(sys.argv[1])), ["tiny"], recipe, torch.device("cpu"))
 """
 
@@ -290,12 +325,13 @@ def kill_after_a_checkpoint(command: list[str], file: Path) -> None:
     process.wait()
 
 
-def test_a_training_that_stops_after_guidance_began_ends_with_the_same_bits(tmp_path, monkeypatch, whole):
+@pytest.mark.parametrize("last", [8, 11])
+def test_a_training_that_stops_in_a_later_part_ends_with_the_same_bits(tmp_path, monkeypatch, whole, last):
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     losses = FlowTraining.losses
 
     def interrupted(state: FlowTraining) -> dict[str, float]:
-        if state.updates == 9:
+        if state.updates == last:
             raise KeyboardInterrupt
         return losses(state)
 
@@ -362,7 +398,7 @@ def test_training_on_another_device_has_the_same_results(tmp_path, monkeypatch):
     monkeypatch.setattr(learner, "flow_loss", loss_with_gradients)
     monkeypatch.setattr(Tensor, "backward", lambda loss: None)
     monkeypatch.setattr(flow, "_mixed_precision", lambda device: nullcontext())
-    recipe = replace(SHORT, length=4, batch=1)
+    recipe = replace(SHORT, length=4, batch=2)
     expected = trained(tmp_path / "cpu", recipe)
     with other_device() as device:
         results = trained(tmp_path / "other", recipe, device)

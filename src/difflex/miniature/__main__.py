@@ -51,7 +51,7 @@ def main() -> None:
     )
     length = verb.add_mutually_exclusive_group()
     length.add_argument(
-        "--updates", type=_number(int, 1), help="length of the recipe; by default on a CPU 10,888, of mini-sdxl 12,000"
+        "--updates", type=_number(int, 1), help="length of the recipe; by default on a CPU 10,888, of mini-sdxl 13,200"
     )
     length.add_argument(
         "--minutes", type=_number(float, 0.01), help=f"length of the recipe by the clock; default on a GPU: {MINUTES:g}"

@@ -54,6 +54,25 @@ class FlowModel(nn.Module, ABC):
         """Add noise of levels in [0, 1], 0 for none and 1 for noise alone, as the model's scheduler does."""
 
     @abstractmethod
+    def schedule(self, steps: int) -> list[float]:
+        """Return the noise levels at which the pipeline calls the denoiser in so many steps."""
+
+    @abstractmethod
+    def parts(self, noisy: Tensor, velocity: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latents and the noise that noisy latents consist of, by their velocity."""
+
+    @torch.no_grad()
+    def draw(
+        self, noise: Float[Tensor, "scene position channel"], text: Tensor, text_2: Tensor, steps: int
+    ) -> Float[Tensor, "scene position channel"]:
+        """Return the latents that the pipeline would make of this noise."""
+        latents = torch.zeros_like(noise)
+        for level in self.schedule(steps):
+            noisy, _, time = self.problem(latents, noise, torch.full_like(noise[:, 0, 0], level))
+            latents, noise = self.parts(noisy, self.velocity(noisy, time, text, text_2).float(), time)
+        return latents
+
+    @abstractmethod
     def velocity(self, noisy: Tensor, time: Tensor, text: Tensor, text_2: Tensor) -> Float[Tensor, "scene position channel"]:
         """Predict the target of noisy latents for captions as ids of both text encoders."""
 

@@ -50,7 +50,7 @@ tools can be checked against the truth.
   ({record.adam_rate:g}), level until {recipe[decay_from]:.0%} of the training before guidance, then along a cosine to 2%.
   {record.updates:,} updates of {recipe[batch]} scenes. The weights are a running average ({recipe[averaging][0]} an update).
 - Guidance: {guidance}
-- Autoencoder: the encoder is the principal components of {patch} x {patch} patches, in closed form; the decoder was trained
+{one_step}- Autoencoder: the encoder is the principal components of {patch} x {patch} patches, in closed form; the decoder was trained
   on its latents.
 {notes}
 ## Results
@@ -68,6 +68,10 @@ drawings. The last column counts unseen combinations of shape, colour and textur
 FOLDED = """of {recipe[guidance]:g}, folded into the weights in {record.guided_updates:,} more updates: targets are moved by
   {share:g} times the change that the caption makes in the velocity of the average weights from before; learning rates from
   {recipe[guided_rate]:.0%} to zero, running average {recipe[averaging][1]}. Generate with `guidance_scale=0`."""
+ONE_STEP = """- One step: in {record.one_step_updates:,} last updates {recipe[one_step_share]:.0%} of a batch were noise alone, and the target was what the average
+  weights from before them draw from the same noise in {recipe[one_step_of]} steps; for the others the velocity of these weights.
+  Learning rates from {recipe[one_step_rate]:.0%} to zero, running average {recipe[averaging][1]}.
+"""
 FLUX = """A text-to-image model with the architecture of FLUX.1, small enough to be part of a Python package: a diffusers
 `FluxPipeline` with a `FluxTransformer2DModel` of {config.num_layers} double and {config.num_single_layers} single blocks
 ({width} wide, {config.num_attention_heads} heads), a CLIP and a T5 text encoder of two layers each
@@ -96,6 +100,8 @@ class TrainingRecord:
     """Those before guidance."""
     guided_updates: int
     """Those in which guidance was folded in; 0 for weights from before."""
+    one_step_updates: int = 0
+    """Those in which the model learned to draw in one step."""
     sizes: list[str]
     """All sizes that were trained on the same scenes."""
     muon_rate: float
@@ -145,7 +151,8 @@ def _record(header: dict[str, Any], name: str, is_folded: bool) -> TrainingRecor
         machine=header["machine"],
         seconds=header["seconds" if is_folded else "plain_seconds"],
         updates=header["plain_updates"],
-        guided_updates=is_folded * (header["updates"] - header["plain_updates"]),
+        guided_updates=is_folded * header["guided_updates"],
+        one_step_updates=is_folded * (header["updates"] - header["plain_updates"] - header["guided_updates"]),
         sizes=header["sizes"],
         muon_rate=SIZES[name].muon_rate,
         adam_rate=SIZES[name].adam_rate,
@@ -231,7 +238,7 @@ def write_card(model: Path, examinations: dict[str, Examination]) -> None:
         recipe=recipe,
         minutes=record.seconds / 60,
         siblings="".join(f", together with `{name}` on the same scenes" for name in record.sizes if name != base),
-        scenes=(record.updates + record.guided_updates) * recipe["batch"],
+        scenes=(record.updates + record.guided_updates + record.one_step_updates) * recipe["batch"],
         late=1 - recipe["layout_from"],
         weight=1 + recipe["object_weight"],
         guidance=guidance.format(
@@ -241,6 +248,7 @@ def write_card(model: Path, examinations: dict[str, Examination]) -> None:
             share=recipe["guidance"] - 1,
             flag="guidance_scale" if is_unet else "true_cfg_scale",
         ),
+        one_step=ONE_STEP.format(record=record, recipe=recipe) if record.one_step_updates else "",
         notes="".join(f"- {note}\n" for note in record.notes),
         tables="\n\n".join(f"{name}:\n\n{as_markdown(rows)}" for name, rows in examinations.items()),
         missed="\n".join(f"- {title}: {line}." for line in shortfalls(examination)),

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from difflex.miniature.architecture import FlowModel, MiniatureConfig
+from difflex.miniature.architecture import DenoisingProblem, FlowModel, MiniatureConfig
 from difflex.miniature.captions import WORDS, write_captions
 from difflex.miniature.drawing import draw
 from difflex.miniature.flux import MiniatureFluxConfig
@@ -32,7 +32,8 @@ DRAWN_AT_ONCE = 2048
 class FlowRecipe:
     """The settings of the training. Shares of its length are shares of its updates, or of its minutes.
 
-    The first part is plain: the loss alone. In the second part guidance is folded into the weights.
+    The first part is plain: the loss alone. In the second part guidance is folded into the weights. In the third, which is
+    empty by default, the model learns to draw in one step.
     """
 
     length: float = 10_888
@@ -66,7 +67,15 @@ class FlowRecipe:
     guided_rate: float = 0.12
     """The factor of the learning rates when guidance begins; it falls to zero along a cosine."""
     averaging: tuple[float, float] = (0.9995, 0.998)
-    """What the running average of the weights keeps at each update, in the plain part and in the guided one."""
+    """What the running average of the weights keeps at each update, in the plain part and after it."""
+    one_step_from: float = 1.0
+    """The share of the length after which the model learns to draw in one step what its average of that moment draws in
+    `one_step_of`."""
+    one_step_of: int = 4
+    one_step_share: float = 0.75
+    """The share of such scenes in a batch; of the others the velocity of that average is learned."""
+    one_step_rate: float = 0.25
+    """The factor of the learning rates when that begins; it falls to zero along a cosine."""
 
     def progress(self, updates: int, seconds: float) -> float:
         """Return the share of the length that is done."""
@@ -80,10 +89,16 @@ class FlowRecipe:
         """Return whether guidance is folded in by now."""
         return progress >= self.guided_from
 
+    def is_one_step(self, progress: float) -> bool:
+        """Return whether the model learns to draw in one step by now."""
+        return progress >= self.one_step_from
+
     def rate_factor(self, progress: float, updates: int) -> float:
         """Return the factor of the learning rates."""
+        if self.is_one_step(progress):
+            return self.one_step_rate * _half_cosine((progress - self.one_step_from) / (1 - self.one_step_from))
         if self.is_guided(progress):
-            return self.guided_rate * _half_cosine((progress - self.guided_from) / (1 - self.guided_from))
+            return self.guided_rate * _half_cosine((progress - self.guided_from) / (self.one_step_from - self.guided_from))
         fall = (progress / self.guided_from - self.decay_from) / (1 - self.decay_from)
         return min(1.0, (updates + 1) / self.warm_up) * (0.02 + 0.98 * _half_cosine(fall))
 
@@ -116,7 +131,14 @@ SIZES = {
         muon_rate=4e-3,
         adam_rate=1e-3,
         # Small updates, for a CPU.
-        recipe=FlowRecipe(length=12_000, batch=32, mixes=((0.4, 0.4, 0.2), (0.15, 0.55, 0.3)), averaging=(0.999, 0.998)),
+        recipe=FlowRecipe(
+            length=13_200,
+            batch=32,
+            mixes=((0.4, 0.4, 0.2), (0.15, 0.55, 0.3)),
+            averaging=(0.999, 0.998),
+            guided_from=9 / 11,
+            one_step_from=10 / 11,
+        ),
     ),
 }
 
@@ -239,18 +261,58 @@ class GuidanceTeacher:
         return captioned - empty
 
 
-def flow_loss(model: FlowModel, batch: FlowBatch, recipe: FlowRecipe, teacher: GuidanceTeacher | None = None) -> Tensor:
+@final
+class OneStepTeacher:
+    """The model from the beginning of the last part of the training.
+
+    In one step a model draws the mean of all images that the caption allows, unless it is shown which image belongs to which
+    noise. The images that the same model draws from this noise in several steps show it.
+    """
+
+    def __init__(self, model: FlowModel) -> None:
+        self._model = model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def batch(self, batch: FlowBatch, recipe: FlowRecipe) -> FlowBatch:
+        """Replace the first scenes by images drawn from their noise, to be found in noise alone."""
+        count = int(recipe.one_step_share * len(batch.level))
+        drawn = self._model.draw(batch.noise[:count], batch.text[:count], batch.text_2[:count], recipe.one_step_of)
+        return batch._replace(
+            latents=torch.cat([drawn, batch.latents[count:]]),
+            level=torch.cat([torch.ones_like(batch.level[:count]), batch.level[count:]]),
+        )
+
+    @torch.no_grad()
+    def target(self, problem: DenoisingProblem, batch: FlowBatch, recipe: FlowRecipe) -> Tensor:
+        """Return the target for the first scenes, and the velocity of the former model for the others."""
+        count = int(recipe.one_step_share * len(batch.level))
+        rest = (x[count:] for x in (problem.noisy, problem.time, batch.text, batch.text_2))
+        return torch.cat([problem.target[:count], self._model.velocity(*rest).float()])
+
+
+Teacher = GuidanceTeacher | OneStepTeacher
+
+
+def flow_loss(model: FlowModel, batch: FlowBatch, recipe: FlowRecipe, teacher: Teacher | None = None) -> Tensor:
     """Compute the mean squared error of the velocity, with positions weighted by their share of objects."""
-    noisy, target, time = model.problem(batch.latents, batch.noise, batch.level)
+    is_one_step = isinstance(teacher, OneStepTeacher)
+    if is_one_step:
+        with _mixed_precision(batch.noise.device):
+            batch = teacher.batch(batch, recipe)
+    problem = model.problem(batch.latents, batch.noise, batch.level)
+    noisy, target, time = problem
     with _mixed_precision(noisy.device):
         velocity = model.velocity(noisy, time, batch.text, batch.text_2)
-        if teacher:
+        if is_one_step:
+            target = teacher.target(problem, batch, recipe)
+        elif teacher:
             target = target + (recipe.guidance - 1) * teacher.effect(noisy, time, batch.text, batch.text_2)
     low, high = recipe.doubt
     emphasis = recipe.object_weight * ((high - batch.level) / (high - low)).clamp(0, 1)
     weight = 1 + emphasis[:, None] * batch.objects
     error = (velocity.float() - target).square().mean(-1)
-    return (error * weight).sum() / weight.sum() + model.extra_loss(batch.objects)
+    loss = (error * weight).sum() / weight.sum()
+    return loss if is_one_step else loss + model.extra_loss(batch.objects)  # a drawn image has other objects
 
 
 def _mixed_precision(device: torch.device) -> AbstractContextManager[object]:

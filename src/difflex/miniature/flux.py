@@ -118,6 +118,13 @@ class FluxFlow(FlowModel):
     def problem(self, latents: Tensor, noise: Tensor, level: Tensor) -> DenoisingProblem:
         return DenoisingProblem(torch.lerp(latents, noise, level[:, None, None]), noise - latents, level)
 
+    def schedule(self, steps: int) -> list[float]:
+        return [SHIFT * x / (1 + (SHIFT - 1) * x) for x in (1 - i / steps for i in range(steps))]
+
+    def parts(self, noisy: Tensor, velocity: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        level = time[:, None, None]
+        return noisy - level * velocity, noisy + (1 - level) * velocity
+
     def velocity(self, noisy: Tensor, time: Tensor, text: Tensor, text_2: Tensor) -> Float[Tensor, "scene position channel"]:
         return self.transformer(
             hidden_states=noisy,

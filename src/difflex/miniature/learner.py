@@ -12,7 +12,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from difflex.miniature.architecture import FlowModel
-from difflex.miniature.flow import SIZES, CaptionIds, FlowBatch, FlowRecipe, FlowSize, GuidanceTeacher, flow_loss
+from difflex.miniature.flow import (
+    SIZES,
+    CaptionIds,
+    FlowBatch,
+    FlowRecipe,
+    FlowSize,
+    GuidanceTeacher,
+    OneStepTeacher,
+    Teacher,
+    flow_loss,
+)
 
 AVERAGED_EVERY = 4
 """Updates between two changes of the running average."""
@@ -32,6 +42,8 @@ class FlowOptimiser:
         named = [(name, x) for name, x in model.named_parameters() if x.requires_grad]
         is_matrix = [model.is_matrix(name, x) for name, x in named]
         self._parameters: list[Tensor] = [x for _, x in named]
+        for x in self._parameters:
+            x.grad = torch.zeros_like(x)  # not all losses reach all of them
         self._rest: list[Tensor] = [x for x, matrix in zip(self._parameters, is_matrix, strict=True) if not matrix]
         stacks: dict[torch.Size, list[Tensor]] = {}
         for x, matrix in zip(self._parameters, is_matrix, strict=True):
@@ -114,9 +126,11 @@ class FlowLearner:
         self.average = [x.detach().clone() for x in self._parameters]
         self.base: list[Tensor] = []
         """The average from the beginning of guidance; empty before."""
+        self.guided: list[Tensor] = []
+        """The average from the beginning of learning to draw in one step; empty before."""
         self.loss = torch.zeros((), device=self._device)
         """Of the last update."""
-        self._teacher: GuidanceTeacher | None = None
+        self._teacher: Teacher | None = None
         self._update: Callable[[], None] | None = None
 
     def _build(self) -> FlowModel:
@@ -132,14 +146,29 @@ class FlowLearner:
         if not self.base:
             self.base = [x.clone() for x in self.average]
             self._write(self.model, self.base)
-        model = self._build()
-        self._write(model, self.base)
-        self._teacher, self._update = GuidanceTeacher(model, empty), None
+        self._teacher, self._update = GuidanceTeacher(self._build_with(self.base), empty), None
+
+    def begin_one_step(self) -> None:
+        """Learn to draw in one step from now on. A training that is restored goes on with its teacher."""
+        if not self.guided:
+            self.guided = [x.clone() for x in self.average]
+            self._write(self.model, self.guided)
+        self._teacher, self._update = OneStepTeacher(self._build_with(self.guided)), None
 
     @property
     def is_guided(self) -> bool:
-        """Whether guidance is folded in."""
+        """Whether guidance is folded in, or has been."""
         return self._teacher is not None
+
+    @property
+    def is_one_step(self) -> bool:
+        """Whether it learns to draw in one step."""
+        return isinstance(self._teacher, OneStepTeacher)
+
+    def _build_with(self, weights: list[Tensor]) -> FlowModel:
+        model = self._build()
+        self._write(model, weights)
+        return model
 
     @staticmethod
     @torch.no_grad()
@@ -211,7 +240,8 @@ class FlowLearner:
 
     def state(self) -> dict[str, Tensor]:
         """Return all that a training goes on from."""
-        groups = {"model": self._parameters, "average": self.average, "base": self.base, "optimiser": self.optimiser.state}
+        groups = {"model": self._parameters, "average": self.average, "base": self.base, "guided": self.guided}
+        groups["optimiser"] = self.optimiser.state
         return {f"{self.name}.{group}.{i}": x for group, tensors in groups.items() for i, x in enumerate(tensors)}
 
     @torch.no_grad()
@@ -219,6 +249,8 @@ class FlowLearner:
         """Go on from a state after this number of updates."""
         if f"{self.name}.base.0" in tensors:
             self.base = [torch.empty_like(x) for x in self.average]
+        if f"{self.name}.guided.0" in tensors:
+            self.guided = [torch.empty_like(x) for x in self.average]
         self.optimiser.updates = updates
         for name, x in self.state().items():
             x.copy_(tensors[name])

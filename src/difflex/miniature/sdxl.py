@@ -140,6 +140,15 @@ class SdxlFlow(FlowModel):
         rest = (1 - signal**2).sqrt()
         return DenoisingProblem(signal * latents + rest * noise, signal * noise - rest * latents, time)
 
+    def schedule(self, steps: int) -> list[float]:
+        last = len(self.levels)
+        return [self.levels[round(last - i * last / steps) - 1].item() for i in range(steps)]
+
+    def parts(self, noisy: Tensor, velocity: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        signal = self.signal[time, None, None]
+        rest = (1 - signal**2).sqrt()
+        return signal * noisy - rest * velocity, rest * noisy + signal * velocity
+
     def velocity(self, noisy: Tensor, time: Tensor, text: Tensor, text_2: Tensor) -> Float[Tensor, "scene position channel"]:
         first, second = self.clip(text, output_hidden_states=True), self.clip_2(text_2, output_hidden_states=True)
         predicted = self.unet(

@@ -32,7 +32,7 @@ from difflex.miniature.patches import PatchComponents, decoder_losses, patch_vae
 from difflex.miniature.world import HELD_OUT_SEEDS, SceneMix, scenes
 from difflex.tensors import read_tensors, write_tensors
 
-FORMAT = 2
+FORMAT = 3
 """Of the state of the flow."""
 RESTART = "Move it away to train from the start."
 JUDGE_UPDATES = 4000
@@ -164,7 +164,7 @@ class FlowTraining:
         lengths = pipeline.tokenizer.model_max_length, pipeline.tokenizer_2.model_max_length
         self.batch = FlowBatch.empty(recipe.batch, self.config, lengths, device)
         self.learners = [FlowLearner(name, recipe, self.batch) for name in sizes]
-        self.updates = self.plain_updates = 0
+        self.updates = self.plain_updates = self.guided_updates = 0
         self.plain_seconds = 0.0
         """Those before guidance, as `plain_updates`."""
         self._spent, self._began = 0.0, math.inf
@@ -194,20 +194,24 @@ class FlowTraining:
         self._began = min(self._began, time.monotonic())
         for parts in zip(*(x.split(self._recipe.batch) for x in (*drawn, *ids)), strict=True):
             self._load(parts, plan.layout)
-            is_guided = self._recipe.is_guided(self.progress)
-            self._prepare(is_guided)
+            is_guided, is_one_step = self._recipe.is_guided(self.progress), self._recipe.is_one_step(self.progress)
+            self._prepare(is_guided, is_one_step)
             factor = self._recipe.rate_factor(self.progress, self.updates)
             for learner in self.learners:
                 learner.update(factor)
             self.updates += 1
             if not is_guided:
                 self.plain_updates, self.plain_seconds = self.updates, self.seconds
+            elif not is_one_step:
+                self.guided_updates = self.updates - self.plain_updates
 
-    def _prepare(self, is_guided: bool) -> None:
-        """Begin guidance if it is time, and choose how updates are computed."""
+    def _prepare(self, is_guided: bool, is_one_step: bool) -> None:
+        """Begin the next part if it is time, and choose how updates are computed."""
         began, ways = time.monotonic(), {}
         for learner in self.learners:
-            if is_guided and not learner.is_guided:
+            if is_one_step and not learner.is_one_step:
+                learner.begin_one_step()
+            elif is_guided and not learner.is_guided:
                 learner.begin_guidance(CaptionIds(*(ids.to(self._device) for ids in self.tokenize([""]))))
             if way := learner.prepare():
                 ways[learner.name] = way
@@ -252,6 +256,7 @@ class FlowTraining:
                 )
             self.updates, self._spent = header["updates"], header["seconds"]
             self.plain_updates, self.plain_seconds = header["plain_updates"], header["plain_seconds"]
+            self.guided_updates = header["guided_updates"]
             for learner in self.learners:
                 learner.restore(tensors, self.updates)
 
@@ -264,7 +269,7 @@ class FlowTraining:
         else:
             threads = torch.get_num_threads()
             machine = f"{threads} core{'s' * (threads > 1)} ({platform.machine()})"
-        plain = {"plain_updates": self.plain_updates, "plain_seconds": self.plain_seconds}
+        plain = {"plain_updates": self.plain_updates, "plain_seconds": self.plain_seconds, "guided_updates": self.guided_updates}
         now = {"updates": self.updates, "seconds": self.seconds}
         return {**plain, **now, "machine": f"{machine} with torch {torch.__version__}"}
 
