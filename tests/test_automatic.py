@@ -9,7 +9,7 @@ from sample_study import new_study
 from torch import Tensor
 
 from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, SAEWeights
-from difflex.effects.automatic import KEPT, MOST, SitedFeature, find_dose, plan_edits, sited_features
+from difflex.effects.automatic import KEPT, MOST, Placement, SitedFeature, find_dose, plan_edits, sited_features
 from difflex.effects.judging import JudgedGenerator, JudgedTask, JudgeVerdict, SteeringTask, SteeringTrial, StrengthPoint
 from difflex.records import Edit, HookContext, Shot, Site
 from difflex.steering import EditFeatures, SteeringHook, StudyEditor
@@ -63,9 +63,9 @@ def planned(needs_both: bool, late_breaks: bool) -> tuple[str, tuple[Edit, ...]]
         return [JudgeVerdict(bool(x > 0.2), {"rest": True}, 1.0) for x in both]
 
     generator = JudgedGenerator(images, verdicts, lambda pixels: 1 + late_breaks * 9 * pixels[:, 2, 0, 0])
-    sited = [SitedFeature(DictionaryRef(Site.parse(site), "d"), 0, 1.0) for site in SITES]
-    edit = Edit(operation="add", site=sited[0].place.site, dictionary="d", features=(0,))
-    plan = plan_edits(JudgedTask(TASK, generator), sited, lambda _: UNIT, 3, edit)
+    edits = tuple(Edit(operation="add", site=Site.parse(site), dictionary="d", features=(0,), strength=1.0) for site in SITES)
+    placements = [Placement("a site", edits[:1], True), Placement("2 sites", edits, True)]
+    plan = plan_edits(JudgedTask(TASK, generator), placements, lambda _: UNIT, 3)
     assert plan.point.success == 1.0
     return plan.name, plan.edits
 

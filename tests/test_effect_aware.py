@@ -11,7 +11,15 @@ from torch import Tensor
 
 import difflex
 from difflex.effects.drawn_world import FIRST_CAPTION
-from difflex.effects.effect_aware import EffectConfig, EffectJudge, drawn_effect_judge, optimise_edits, similarity_effect_judge
+from difflex.effects.effect_aware import (
+    WHOLE_UNTIL,
+    EffectConfig,
+    EffectJudge,
+    drawn_effect_judge,
+    optimise_edits,
+    similarity_effect_judge,
+)
+from difflex.effects.inputs import to_images
 from difflex.effects.judging import SteeringTask, SteeringTrial
 from difflex.effects.planned_steering import _contrast_name
 from difflex.errors import BadInput
@@ -50,8 +58,12 @@ JUDGE = EffectJudge(
 )
 
 
+def unchanged(images: Tensor, level: float) -> Tensor:
+    return torch.ones(len(images))
+
+
 def test_strengths_become_what_suffices_at_the_site_and_step_that_have_the_effect():
-    optimised = optimise_edits(TASK, edits(), lambda _: UNIT, SETTINGS, run, JUDGE, EffectConfig(updates=150, batch=2))
+    optimised = optimise_edits(TASK, edits(), lambda _: UNIT, SETTINGS, run, JUDGE, unchanged, EffectConfig(updates=150, batch=2, rate=0.1))
     [edit] = [edit for edit in optimised.edits if abs(edit.strength) > 0.1]
     # The probability 0.9 is reached at 1 + log(9) / 4.
     assert (str(edit.site), edit.steps) == ("double.0", (0, 1)) and edit.strength == pytest.approx(1 + math.log(9) / 4, abs=0.1)
@@ -69,26 +81,35 @@ def test_a_direction_turns_to_what_has_the_effect():
             total = total if edited is None else total + edited[:, 0]
         return total.flip(1)[..., None, None]
 
-    config = EffectConfig(updates=200, batch=2, directions=True)
-    found = optimise_edits(TASK, edits()[:1], lambda _: two_wide, SETTINGS, run_along, JUDGE, config)
+    config = EffectConfig(updates=200, batch=2, rate=0.1, directions=True)
+    found = optimise_edits(TASK, edits()[:1], lambda _: two_wide, SETTINGS, run_along, JUDGE, unchanged, config)
     [(site, direction)] = found.directions.items()
     assert str(site) == "double.0" and float(direction[1].abs()) > 5 * float(direction[0].abs()) and found.shows[-1] > 0.85
     [edit] = [edit for edit in found.edits if abs(edit.strength) > 0.1]
     assert edit.strength * float(direction[1]) == pytest.approx(1 + math.log(9) / 4, abs=0.2)
-    fixed = optimise_edits(TASK, edits()[:1], lambda _: two_wide, SETTINGS, run_along, JUDGE, EffectConfig(updates=200, batch=2))
+    fixed = optimise_edits(TASK, edits()[:1], lambda _: two_wide, SETTINGS, run_along, JUDGE, unchanged, EffectConfig(updates=200, batch=2, rate=0.1))
     assert not fixed.directions and fixed.shows[-1] < 0.5
 
 
 def test_directions_of_any_concept_at_any_site_have_names_of_their_own():
     concepts = ("a red star", "звезда", "круг", "x" * 41, "x" * 42)
-    names = [_contrast_name(concept, Site.parse("double.1:smooth")) for concept in concepts]
+    names = [_contrast_name("effect", concept, Site.parse("double.1:smooth")) for concept in concepts]
     assert names[0] == "effect-a-red-star-double.1-smooth" and len({*names}) == 5
     for name in names:
         check_contrast_name(name)
 
 
+def test_the_quality_of_images_is_kept_where_it_would_be_lost():
+    losses = lambda images, level: 1 + images[:, 0, 0, 0].clamp(min=0)  # noqa: E731 (what has the effect costs quality)
+    config = EffectConfig(updates=150, batch=2, whole=20.0)
+    careful = optimise_edits(TASK, edits()[:1], lambda _: UNIT, SETTINGS, run, JUDGE, losses, config)
+    assert sum(edit.strength for edit in careful.edits if edit.steps == (0, 1)) == pytest.approx(WHOLE_UNTIL - 1, abs=0.1)
+    careless = optimise_edits(TASK, edits()[:1], lambda _: UNIT, SETTINGS, run, JUDGE, losses, replace(config, whole=0.0))
+    assert careless.shows[-1] > 0.85 > careful.shows[-1]
+
+
 def test_steps_that_are_not_edited_keep_no_strength():
-    optimised = optimise_edits(TASK, edits(steps=(1, 2)), lambda _: UNIT, SETTINGS, run, JUDGE, EffectConfig(updates=5))
+    optimised = optimise_edits(TASK, edits(steps=(1, 2)), lambda _: UNIT, SETTINGS, run, JUDGE, unchanged, EffectConfig(updates=5))
     assert all(edit.steps == (1, 2) for edit in optimised.edits)
 
 
@@ -96,10 +117,10 @@ def test_steps_that_are_not_edited_keep_no_strength():
 def test_edits_whose_change_depends_on_the_activation_are_refused(changed: dict[str, object]):
     wrong = [Edit(**{"operation": "add", "site": SITES[0], "dictionary": "d", "features": (0,), **changed})]  # pyright: ignore[reportArgumentType]
     with pytest.raises(BadInput, match="edits that add"):
-        optimise_edits(TASK, wrong, lambda _: UNIT, SETTINGS, run, JUDGE, EffectConfig())
+        optimise_edits(TASK, wrong, lambda _: UNIT, SETTINGS, run, JUDGE, unchanged, EffectConfig())
 
 
-@pytest.mark.parametrize("changes", [{"updates": 0}, {"batch": 0}, {"rate": 0.0}, {"keep": -1.0}])
+@pytest.mark.parametrize("changes", [{"updates": 0}, {"batch": 0}, {"rate": 0.0}, {"keep": -1.0}, {"whole": -1.0}])
 def test_impossible_settings_are_refused(changes: dict[str, object]):
     with pytest.raises(BadInput, match="optimise nothing"):
         EffectConfig(**changes)  # pyright: ignore[reportArgumentType]
@@ -122,6 +143,23 @@ def test_images_are_those_of_a_run_without_gradients_and_their_gradients_are_dif
     assert mean(0.5) == pytest.approx(float(images.detach().double().mean()), abs=1e-6)
     assert float(strength.grad) == pytest.approx((mean(0.52) - mean(0.48)) / 0.04, rel=0.1, abs=1e-4)
     assert not pipe.engine.pixels(shots).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")  # of diffusers
+@pytest.mark.parametrize("family", ["flux", "sdxl", "sd3"])
+def test_losses_of_images_have_gradients_and_are_those_without_them(family: str, tmp_path: Path):
+    pipe = difflex.load(tiny_folder(family, tmp_path / family))
+    pixels = (torch.rand(2, 3, *next(iter(pipe.shots(""))).pixels) * 255).round() / 255
+    for level in (0.3, 0.9):
+        images = pixels.clone().requires_grad_()
+        losses = pipe.differentiable_losses(images, level)
+        assert torch.allclose(losses.detach(), pipe.losses(to_images(pixels), level)[:, 0], rtol=1e-3)
+        losses.sum().backward()
+        assert images.grad is not None
+        step = 0.01 * images.grad / images.grad.abs().max()
+        ahead, behind = (pipe.differentiable_losses(pixels + sign * step, level).sum().item() for sign in (1, -1))
+        assert (ahead - behind) / 2 == pytest.approx(float((step * images.grad).sum()), rel=0.1)
+    assert not pipe.engine.pixels(list(pipe.shots("a star", keep_steps=[0]))).requires_grad
 
 
 @pytest.mark.parametrize("group", ["colour", "shape", "background", "style"])

@@ -334,6 +334,8 @@ def model_functions(pipe: "Pipeline") -> "ModelFunctions":
         finish=finish,
         losses=pipe.losses,
         differentiable=pipe.differentiable_images,
+        differentiable_losses=pipe.differentiable_losses,
+        text_sites=lambda: [row.site for row in pipe.sites() if row.site.stream == "text"],
         parameters=sum(weights.numel() for weights in pipe.engine.denoiser.parameters()),
         weights=lambda: weights_checksum(pipe.engine.denoiser.named_parameters()),
     )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from difflex.choices import Operation
 from difflex.effects.inputs import concept_matches
 from difflex.effects.judging import JudgedTask, SteeringMethod, StrengthPoint
 from difflex.records import Edit
@@ -33,6 +34,16 @@ class SitedFeature(NamedTuple):
     feature: int
     presence: float
     """The average precision with which it detects the concept, or its cosine to the feature that does."""
+
+
+class Placement(NamedTuple):
+    """Where a plan edits."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    """That add, at a dose of 1."""
+    can_set: bool
+    """Whether they may set codes as well."""
 
 
 class EditPlan(NamedTuple):
@@ -79,15 +90,15 @@ def _similar(editor: StudyEditor, place: DictionaryRef, direction: Tensor) -> Si
 
 
 def plan_edits(
-    tuning: JudgedTask, sited: Sequence[SitedFeature], features: Callable[[Edit], EditFeatures], steps: int, edit: Edit
+    tuning: JudgedTask, placements: Sequence[Placement], features: Callable[[Edit], EditFeatures], steps: int
 ) -> EditPlan:
-    """Return the edits whose least sufficient dose has the largest effect on the images of `tuning`; `edit` is what they share.
+    """Return the edits whose least sufficient dose has the largest effect on the images of `tuning`.
 
-    Plans are tried in order until one suffices: the first site, then all; each by adding, then by setting codes, so that tokens
-    move only as far as the concept is missing; at all steps and, with all sites, at the first and at the first half as well.
+    Plans are tried in order until one suffices: one placement after another, each by adding, then by setting codes, so that
+    tokens move only as far as the concept is missing; at all steps and, with several sites, at the first half of them.
     """
     best: EditPlan | None = None
-    for name, edits in _placements(sited, steps, edit):
+    for name, edits in _plans(placements, steps):
         dosed = find_dose(partial(tuning.point, SteeringMethod.of_edits(name, edits, features, ())))
         plan = EditPlan(name, tuple(edits), dosed)
         best = plan if best is None or _effect(plan) > _effect(best) else best
@@ -97,41 +108,28 @@ def plan_edits(
     return best
 
 
-def _placements(sited: Sequence[SitedFeature], steps: int, edit: Edit) -> Iterator[tuple[str, list[Edit]]]:
+def _plans(placements: Sequence[Placement], steps: int) -> Iterator[tuple[str, list[Edit]]]:
     """Yield the edits of each plan, at a dose of 1, with its name."""
-    ends = sorted({end for end in (1, steps // 2) if 0 < end < steps}) if edit.steps is None else []
-    operations = ("add", "set") if edit.unit not in ("norm", "current-norm") else ("add",)
-    for count in dict.fromkeys((1, len(sited))):
-        where = str(sited[0].place.site) if count == 1 else f"{count} sites"
-        early = [(f", steps 0:{end}", (0, end)) for end in ends] if count == len(sited) else []
-        for (when, period), operation in product([("", edit.steps), *early], operations):
-            yield (
-                f"{operation} at {where}{when}",
-                [
-                    replace(
-                        edit,
-                        operation=operation,
-                        site=place.site,
-                        dictionary=place.label,
-                        features=(feature,),
-                        strength=1.0,
-                        steps=period,
-                    )
-                    for place, feature, _ in sited[:count]
-                ],
-            )
+    for name, edits, can_set in placements:
+        # One site at few steps has less effect than at all of them.
+        ends = [steps // 2] if len(edits) > 1 and steps > 1 and edits[0].steps is None else []
+        operations: tuple[Operation, ...] = ("add", "set") if can_set else ("add",)
+        for end, operation in product([None, *ends], operations):
+            early = {} if end is None else {"steps": (0, end)}
+            when = "" if end is None else f", steps 0:{end}"
+            yield f"{operation} at {name}{when}", [replace(edit, operation=operation, **early) for edit in edits]
 
 
 def _effect(plan: EditPlan) -> tuple[bool, float, float]:
     return _is_intact(plan.point), round(plan.point.success, 6), plan.point.specificity
 
 
-def find_dose(point: Callable[[float], StrengthPoint]) -> StrengthPoint:
-    """Return the least dose up to MOST that reaches the success TARGET without loss, by bisection: success rises with the dose.
+def find_dose(point: Callable[[float], StrengthPoint], most: float = MOST) -> StrengthPoint:
+    """Return the least dose up to `most` that reaches the success TARGET without loss, by bisection: success rises with the dose.
 
     If none does, return the one with the highest success of those without loss; if none is without, the smallest that was tried.
     """
-    low, high, tried = 0.0, MOST, list[StrengthPoint]()
+    low, high, tried = 0.0, most, list[StrengthPoint]()
     for _ in range(HALVINGS):
         tried.append(point((low + high) / 2))
         if _is_intact(tried[-1]) and tried[-1].success < TARGET:

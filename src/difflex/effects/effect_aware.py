@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple, final
 
 import torch
@@ -20,14 +20,19 @@ from difflex.miniature.judge import DENSE, WHOLE, Judge
 from difflex.miniature.world import CONCEPTS
 from difflex.records import Edit, HookContext, Shot, Site
 from difflex.steering import EditFeatures, SteeringHook
+from difflex.steering.strengths import LOSS_LEVELS
 from difflex.values import check_fields
 
 ENOUGH = 0.9
 """The probability of a concept from which on more is not asked for."""
 SMALLEST = 0.02
 """Strengths below this are left out."""
+WHOLE_UNTIL = 1.2
+"""The model's loss on edited images over that on unedited ones, up to which images count as whole."""
 Run = Callable[[Sequence[Shot], Sequence[SteeringHook]], Images]
 """The images of shots with hooks, with gradients with respect to what these add."""
+Losses = Callable[[Images, float], Float[Tensor, " image"]]
+"""The unedited model's losses on images at a level of noise, with gradients with respect to these."""
 
 
 class EffectJudge(NamedTuple):
@@ -45,12 +50,14 @@ class EffectConfig:
     """How strengths are optimised."""
 
     updates: int = 40
-    rate: float = 0.1
+    rate: float = 0.3
     """The first learning rate of Adam, about how much a strength changes in an update; it falls to zero along a cosine."""
     batch: int = 8
     """Images of an update."""
     keep: float = 1.0
     """The weight of changes of all else, next to that of the concept."""
+    whole: float = 4.0
+    """The weight of the loss of quality."""
     strength_cost: float = 0.02
     """The weight of the mean strength."""
     directions: bool = False
@@ -58,10 +65,11 @@ class EffectConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.updates < 1 or self.batch < 1 or self.rate <= 0 or self.keep < 0 or self.strength_cost < 0:
+        weights = (self.keep, self.whole, self.strength_cost)
+        if self.updates < 1 or self.batch < 1 or self.rate <= 0 or min(weights) < 0:
             raise BadInput(
-                f"{self.updates} updates of {self.batch} images at a rate of {self.rate:g} with the weights {self.keep:g} and "
-                f"{self.strength_cost:g} optimise nothing. Give numbers above 0; weights may be 0."
+                f"{self.updates} updates of {self.batch} images at a rate of {self.rate:g} with the weights "
+                f"{', '.join(f'{weight:g}' for weight in weights)} optimise nothing. Give numbers above 0; weights may be 0."
             )
 
 
@@ -84,14 +92,17 @@ def optimise_edits(
     settings: Shot,
     run: Run,
     judge: EffectJudge,
+    losses: Losses,
     config: EffectConfig,
 ) -> OptimisedEdits:
     """Return `edits` with a strength for each step that makes the concept of `task` appear at its trials and keeps all else.
 
     With directions, the edits are at a site each, and what is returned stands for edits along the directions that were found.
 
-    The loss is -log p + keep * c + strength_cost * |s|: p is the judge's probability of the concept, up to ENOUGH; c is how far
-    all else changes; |s| the mean strength. `settings` is a shot of the run without prompt and seed. Edits must add.
+    What is minimised is -log p + keep * c + whole * q + strength_cost * |s|: p is the judge's probability of the concept, up to
+    ENOUGH; c is how far all else changes; q the logarithm by which the model's loss exceeds WHOLE_UNTIL times that on unedited
+    images, at one of LOSS_LEVELS after another; |s| the mean strength. `settings` is a shot of the run without prompt and seed.
+    Edits must add.
     """
     if any(edit.operation != "add" or edit.unit == "current-norm" for edit in edits) or not edits:
         raise BadInput("Strengths are optimised of edits that add, in units other than current-norm. Give one or more of them.")
@@ -100,16 +111,17 @@ def optimise_edits(
     found = _EditParameters.of([_direction(edit, features) for edit in edits], settings.steps, config.directions)
     adam = found.optimiser(config.rate)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.updates)
-    losses, shown = list[float](), list[float]()
-    unedited = list[Images]()
+    course, shown = list[float](), list[float]()
+    unedited = cache(lambda batch: run(prepared[batch].shots, ()).detach())
+    usual = cache(lambda batch, level: losses(unedited(batch), level).detach().mean())
     for update in range(config.updates):
-        batch = prepared[update % len(prepared)]
-        if len(unedited) < len(prepared):
-            unedited.append(run(batch.shots, ()).detach())
+        number, level = update % len(prepared), LOSS_LEVELS[update // len(prepared) % len(LOSS_LEVELS)]
+        batch = prepared[number]
         images = run(batch.shots, batch.hooks(found.strengths, found.directions()))
         shows = judge.shows(task, batch.trials, images)
-        changes = judge.changes(task, batch.trials, unedited[update % len(prepared)], images)
-        loss = -shows.clamp(max=math.log(ENOUGH)).mean() + config.keep * changes.mean()
+        changes = judge.changes(task, batch.trials, unedited(number), images)
+        damage = (losses(images, level).mean() / (WHOLE_UNTIL * usual(number, level))).log().clamp(min=0)
+        loss = -shows.clamp(max=math.log(ENOUGH)).mean() + config.keep * changes.mean() + config.whole * damage
         loss = loss + config.strength_cost * found.strengths.abs().mean()
         if not bool(torch.isfinite(loss)):
             raise NonFinite(f"The loss of update {update} for '{task.concept}' is NaN or infinite. Lower the learning rate.")
@@ -117,11 +129,11 @@ def optimise_edits(
         loss.backward()
         adam.step()
         falling.step()
-        losses.append(loss.item())
+        course.append(loss.item())
         shown.append(shows.detach().exp().mean().item())
     edited = tuple(_lasting(edits, found.strengths.tolist()))
     directions = {edit.site: direction.detach() for edit, direction in zip(edits, found.directions(), strict=True)}
-    return OptimisedEdits(edited, tuple(losses), tuple(shown), directions if config.directions else {})
+    return OptimisedEdits(edited, tuple(course), tuple(shown), directions if config.directions else {})
 
 
 class _EditParameters(NamedTuple):

@@ -47,6 +47,10 @@ class ModelFunctions:
     """The losses of the unedited model on images with noise of several levels."""
     differentiable: Callable[[Sequence[Shot], Sequence[SteeringHook]], Images]
     """The images of shots with hooks, with gradients with respect to what these add."""
+    differentiable_losses: Callable[[Images, float], Float[Tensor, " image"]]
+    """The losses of the unedited model on images at a level of noise, with gradients with respect to these."""
+    text_sites: Callable[[], Sequence[Site]]
+    """The text streams of the blocks, in their order."""
     parameters: int
     """Of the denoiser."""
     weights: Callable[[], str] = str

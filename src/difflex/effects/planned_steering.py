@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from hashlib import sha256
 from typing import final
 
-from difflex.effects.automatic import plan_edits, sited_features
+from difflex.effects.automatic import Placement, find_dose, plan_edits, sited_features
 from difflex.effects.concept_specs import JudgedWorld
 from difflex.effects.effect_aware import EffectConfig, OptimisedEdits, optimise_edits
 from difflex.effects.inputs import ModelFunctions
 from difflex.effects.judging import JudgedGenerator, JudgedTask, SteeringMethod, SteeringTask
 from difflex.effects.steering_config import SteeringConfig, TargetConcept
 from difflex.records import Edit, Shot, Site
-from difflex.steering import EditRecord, StudyEditor
+from difflex.steering import EditFeatures, EditRecord, StudyEditor
 from difflex.steering.contrast import Contrast, contrast_features
 from difflex.study import DictionaryRef
 
 EFFECT_BATCH = 8
 """Images of an update, at most."""
+TEXT_DOSE = 2.0
+"""The strength of contrasts in text streams at a dose of 1. They are means over all tokens, and few tokens name the concept."""
+MOST_FACTOR = 1.5
+"""Of optimised strengths."""
 
 
 @final
 @dataclass(frozen=True)
 class SteeringPlanner:
-    """Finds edits with features of a dictionary, on prompts that are never judged, and writes them."""
+    """Finds edits with features of a dictionary and contrasts of the text, on prompts that are never judged, and writes them."""
 
     editor: StudyEditor
     place: DictionaryRef
@@ -37,48 +41,85 @@ class SteeringPlanner:
 
     def methods(self, target: TargetConcept, generator: JudgedGenerator) -> Iterator[tuple[str, SteeringMethod]]:
         """Yield the methods that the config asks for by name."""
-        config, features = self.config, cache(self.editor.features)
+        config = self.config
         if not config.automatic and not config.effect_updates:
             return
         task = self.world.task(target.concept, config.trials + config.tuning)
         task = replace(task, trials=task.trials[config.trials :])
-        sited = sited_features(self.editor, target.concept, self.place, target.feature, config.min_ap)
-        settings = replace(self.model.shots(range(1))[0], timestep=None)
-        edits = [
-            Edit(
-                operation="add",
-                site=place.site,
-                dictionary=place.label,
-                features=(feature,),
-                unit=config.unit,
-                steps=config.edit_steps,
-            )
-            for place, feature, _ in sited
+        tuning, settings = JudgedTask(task, generator), replace(self.model.shots(range(1))[0], timestep=None)
+        image = self._feature_edits(target)
+        contrasts = self._text_contrasts(target.concept, [edit.site for edit in image])
+        features = _known_features(self.editor, contrasts)
+        text = [
+            Edit(operation="add", site=contrast.site, contrast=name, unit="code", strength=TEXT_DOSE, steps=config.edit_steps)
+            for name, contrast in contrasts.items()
         ]
         if config.automatic:
-            plan = plan_edits(JudgedTask(task, generator), sited, features, settings.steps, edits[0])
+            plan = plan_edits(tuning, list(self._placements(image, text)), features, settings.steps)
             dose = plan.point.strength
             self._write(target, "automatic", [replace(edit, strength=dose * edit.strength) for edit in plan.edits], settings)
             yield "automatic", SteeringMethod.of_edits(plan.name, plan.edits, features, (dose,))
         if config.effect_updates:
             assert self.world.effect_judge is not None
             effect = EffectConfig(updates=config.effect_updates, batch=min(EFFECT_BATCH, config.tuning))
-            judge, run = self.world.effect_judge(), self.model.differentiable
-            optimise = partial(optimise_edits, task, edits, features, settings, run, judge)
-            found = optimise(effect)
+            run, losses = self.model.differentiable, self.model.differentiable_losses
+            optimise = partial(optimise_edits, task, [*image, *text], features, settings, run, self.world.effect_judge(), losses)
+            found = self._dosed(tuning, optimise(effect), features)
             self._write(target, "effect-aware", found.edits, settings)
-            name = f"{len(found.edits)} strengths of {len(sited)} sites"
-            yield "effect-aware", SteeringMethod.of_edits(name, found.edits, features, (1.0,))
+            yield "effect-aware", SteeringMethod.of_edits(f"{len(found.edits)} strengths", found.edits, features, (1.0,))
             if config.effect_directions:
                 found = optimise(replace(effect, directions=True))
-                yield "effect direction", self._along_directions(target, task, found, settings)
+                contrasts = self._directions(target, task, found, settings)
+                names, features = {each.site: name for name, each in contrasts.items()}, _known_features(self.editor, contrasts)
+                along = [replace(e, dictionary=None, features=(), contrast=names[e.site], unit="code") for e in found.edits]
+                found = self._dosed(tuning, found._replace(edits=tuple(along)), features)
+                self._write(target, "effect-direction", found.edits, settings)
+                description = f"{len(found.edits)} strengths along {len(names)} directions"
+                yield "effect direction", SteeringMethod.of_edits(description, found.edits, features, (1.0,))
 
-    def _along_directions(
+    def _feature_edits(self, target: TargetConcept) -> list[Edit]:
+        """Return edits that add the feature of the concept at each site, that of the given dictionary first."""
+        config = self.config
+        sited = sited_features(self.editor, target.concept, self.place, target.feature, config.min_ap)
+        shared = Edit(operation="add", site=self.place.site, strength=1.0, unit=config.unit, steps=config.edit_steps)
+        return [replace(shared, site=place.site, dictionary=place.label, features=(feature,)) for place, feature, _ in sited]
+
+    def _text_contrasts(self, concept: str, sites: Sequence[Site]) -> dict[str, Contrast]:
+        """Return the contrasts of pairs of prompts in the text streams of the blocks of `sites`, and write them to the study."""
+        config, pairs = self.config, self.world.pairs(concept, self.config.pairs)
+        paths = {site.path for site in sites}
+        contrasts = {}
+        for site in (site for site in self.model.text_sites() if site.path in paths):
+            steps = config.edit_steps and range(*config.edit_steps)
+            [contrasts[_contrast_name("text", concept, site)]] = self.model.contrasts(site, pairs, steps=steps)
+        for name, contrast in contrasts.items():
+            contrast.save(self.editor.study.contrast(name))
+        return contrasts
+
+    def _placements(self, image: Sequence[Edit], text: Sequence[Edit]) -> Iterator[Placement]:
+        """Yield where plans may edit, the simplest first."""
+        can_set, where = self.config.unit not in ("norm", "current-norm"), f"{len(image)} sites"
+        yield Placement(str(image[0].site), tuple(image[:1]), can_set)
+        if len(image) > 1:
+            yield Placement(where, tuple(image), can_set)
+        if text:
+            # Text of late blocks has less effect and costs more quality.
+            for count in sorted({-(-len(text) // 2), len(text)}):
+                yield Placement(f"the text of {count} blocks", tuple(text[:count]), False)
+            yield Placement(f"{where} and the text of {len(text)} blocks", (*image, *text), False)
+
+    def _dosed(self, tuning: JudgedTask, found: OptimisedEdits, features: Callable[[Edit], EditFeatures]) -> OptimisedEdits:
+        """Return optimised edits with all strengths multiplied by the least factor that suffices."""
+        method = SteeringMethod.of_edits("", found.edits, features, ())
+        factor = find_dose(partial(tuning.point, method), MOST_FACTOR).strength if found.edits else 1.0
+        return found._replace(edits=tuple(replace(edit, strength=round(factor * edit.strength, 4)) for edit in found.edits))
+
+    def _directions(
         self, target: TargetConcept, task: SteeringTask, found: OptimisedEdits, settings: Shot
-    ) -> SteeringMethod:
-        """Return the method of optimised directions, and write these as contrasts of the study."""
+    ) -> dict[str, Contrast]:
+        """Return optimised directions as contrasts by name, and write them to the study."""
         contrasts = {
-            _contrast_name(target.concept, site): Contrast(
+            _contrast_name("effect", target.concept, site): Contrast(
                 site=site,
                 model=settings.model,
                 revision=settings.revision,
@@ -94,11 +135,7 @@ class SteeringPlanner:
         }
         for name, contrast in contrasts.items():
             contrast.save(self.editor.study.contrast(name))
-        names = {contrast.site: name for name, contrast in contrasts.items()}
-        edits = [replace(edit, dictionary=None, features=(), contrast=names[edit.site], unit="code") for edit in found.edits]
-        self._write(target, "effect-direction", edits, settings)
-        description = f"{len(edits)} strengths along {len(names)} directions"
-        return SteeringMethod.of_edits(description, edits, lambda edit: contrast_features(contrasts[edit.contrast or ""]), (1.0,))
+        return contrasts
 
     def _write(self, target: TargetConcept, method: str, edits: Sequence[Edit], settings: Shot) -> None:
         """Write edits as a record of the first trial, for `difflex steer --replay` and `--also`."""
@@ -112,8 +149,13 @@ class SteeringPlanner:
         record.save(folder / f"{_file_name(target.concept)}-{method}.json")
 
 
-def _contrast_name(concept: str, site: Site) -> str:
-    return re.sub(r"[^\w.-]", "-", f"effect-{_file_name(concept)}-{site.folder}")
+def _known_features(editor: StudyEditor, contrasts: Mapping[str, Contrast]) -> Callable[[Edit], EditFeatures]:
+    """Return the features of edits; those of `contrasts`, which were just written, without reading them."""
+    return cache(lambda edit: contrast_features(contrasts[edit.contrast]) if edit.contrast else editor.features(edit))
+
+
+def _contrast_name(kind: str, concept: str, site: Site) -> str:
+    return re.sub(r"[^\w.-]", "-", f"{kind}-{_file_name(concept)}-{site.folder}")
 
 
 def _file_name(concept: str) -> str:

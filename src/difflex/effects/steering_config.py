@@ -9,8 +9,9 @@ from difflex.errors import BadInput, UnknownName
 from difflex.miniature.world import CONCEPTS
 from difflex.values import check_fields
 
-PLANNED = 41
-"""Images for each prompt that a plan is chosen on, at most: unedited, and at five doses of eight plans."""
+PLANNED, DOSED = 61, 6
+"""Images for each prompt that a plan is chosen on, at most: unedited, and at five doses of 12 plans; and for each on which the
+dose of optimised edits is chosen."""
 
 
 @final
@@ -57,7 +58,8 @@ class SteeringConfig:
 
     def check_images(self, concepts: int) -> None:
         """Refuse to generate too many images for a number of concepts."""
-        planned = self.tuning * (PLANNED * self.automatic + self.effect_updates * (1 + self.effect_directions))
+        optimised = (DOSED + self.effect_updates) * (1 + self.effect_directions) if self.effect_updates else 0
+        planned = self.tuning * (PLANNED * self.automatic + optimised)
         check_images(concepts * (self.trials * (2 + 4 * len(self.strengths)) + 2 * self.pairs + planned))
 
 

@@ -240,7 +240,7 @@ def edited_images(engine: Engine, shots: Iterable[Shot], site: SiteModule, edits
         yield outcomes
 
 
-def predict(engine: Engine, run: Run, hooks: Hooks) -> list[EditOutcomes]:
+def predict(engine: Engine, run: Run, hooks: Hooks, gradients: bool = False) -> list[EditOutcomes]:
     """Return the predictions at each kept timestep of a run, which ends after the last of them.
 
     After the denoiser's call at a kept step, it is called again with the very same arguments under each edit: all predictions
@@ -267,7 +267,7 @@ def predict(engine: Engine, run: Run, hooks: Hooks) -> list[EditOutcomes]:
             raise StopForward
 
     with engine.tracker.tracking(), engine.denoiser.register_forward_hook(repeat, with_kwargs=True), suppress(StopForward):
-        engine.run(run.shots, run.noised)
+        engine.run(run.shots, run.noised, gradients)
     if missing := [timestep for timestep in run.timesteps if timestep not in outcomes]:
         raise DifflexError(
             f"The pipeline never calls its denoiser at timestep {missing[0]:g}: there is no prediction to compare."

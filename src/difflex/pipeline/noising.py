@@ -82,14 +82,29 @@ def losses(engine: Engine, inputs: Iterable[NoisedImage], levels: Sequence[float
     return torch.cat([torch.stack(columns[start : start + len(levels)], dim=1) for start in starts])
 
 
+def differentiable_losses(
+    engine: Engine, shots: Sequence[Shot], pixels: Float[Tensor, "image channel row column"], level: float
+) -> Float[Tensor, " image"]:
+    """Return the losses of images, pixels between 0 and 1, at one level of noise, with gradients with respect to these."""
+    latents = _latents(engine, pixels * 2 - 1)
+    noised = NoisedBatch(tuple(shots), *_add_noise(engine, latents, _noise(latents, shots), level))
+    with _denoiser_input(engine, _layout(engine, noised.latents), noised.timestep):
+        [outcome] = predict(engine, Run(noised.shots, (noised.timestep,)), {}, gradients=True)
+    return (outcome.plain.float() - _layout(engine, noised.target).float()).square().flatten(1).mean(1)
+
+
+def _noise(latents: Tensor, shots: Sequence[Shot]) -> Tensor:
+    """Return noise like the latents of images; that of each shot depends on its seed alone."""
+    generators = [torch.Generator("cpu").manual_seed(shot.seed) for shot in shots]
+    return torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(latents)
+
+
 def _noised_batches(engine: Engine, inputs: Iterable[NoisedImage], levels: Sequence[float], batch: int) -> Iterator[NoisedBatch]:
     """Encode neighbours of one size, at most `batch`, and yield them at each level."""
     for group in _by_size(inputs, batch):
         parts = map_batches(engine, lambda part: _encode(engine, part), group, batch)
         latents = torch.cat([part_latents for _, part_latents in parts])
-        # The noise of each shot depends on its seed alone.
-        generators = [torch.Generator("cpu").manual_seed(image.shot.seed) for image in group]
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(latents)
+        noise = _noise(latents, [image.shot for image in group])
         for level in levels:
             shots = tuple(replace(image.shot, noise=level) for image in group)
             yield NoisedBatch(shots, *_add_noise(engine, latents, noise, level))
@@ -176,10 +191,14 @@ def _by_size(images: Iterable[NoisedImage], batch: int) -> Iterator[list[NoisedI
 
 @torch.no_grad()
 def _encode(engine: Engine, group: Sequence[NoisedImage]) -> Float[Tensor, "image channel row column"]:
-    """Encode images into latents with the scale of the training data."""
-    vae = engine.diffusers.components["vae"]
+    """Encode images into latents."""
     processor = cast(VaeImageProcessor, engine.diffusers.image_processor)
-    pixels = processor.preprocess([image.image for image in group], *group[0].shot.pixels)
+    return _latents(engine, processor.preprocess([image.image for image in group], *group[0].shot.pixels))
+
+
+def _latents(engine: Engine, pixels: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image channel row column"]:
+    """Encode pixels between -1 and 1 into latents with the scale of the training data."""
+    vae = engine.diffusers.components["vae"]
     with _exact(vae):
         latents = vae.encode(pixels.to(engine.device, vae.dtype)).latent_dist.mode().float()
     if engine.family.latents == "patchified":

@@ -15,7 +15,7 @@ from difflex.choices import Precision
 from difflex.errors import BadInput, UnknownName
 from difflex.pipeline.engine import Engine, map_batches
 from difflex.pipeline.harvesting import ImageBatch, edited_images, harvest, harvest_with_images, predictions
-from difflex.pipeline.noising import ImageInput, harvest_images, losses, noise_levels, noised_images
+from difflex.pipeline.noising import ImageInput, differentiable_losses, harvest_images, losses, noise_levels, noised_images
 from difflex.pipeline.profile import SiteRow, site_rows
 from difflex.pipeline.prompts import check_prompt
 from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site
@@ -96,6 +96,20 @@ class Pipeline:
             for site, function in edits:
                 stack.enter_context(self.at(site, function))
             return self.engine.pixels([replace(shot, timestep=None) for shot in shots], gradients=True)
+
+    def differentiable_losses(
+        self, images: Float[Tensor, "image channel row column"], noise: float, seed: int = 0
+    ) -> Float[Tensor, " image"]:
+        """Return the denoiser's loss on images, one batch of pixels between 0 and 1, with gradients with respect to these.
+
+        Without a caption, at one level of noise; the noise of image i has the seed `seed + i`, as in `losses`.
+        """
+        pixels = (images.shape[-2], images.shape[-1])
+        self.engine.defaults.check_pixels(pixels, self.engine.token_pixels)
+        [level] = noise_levels(noise)
+        settings = replace(self._settings(1, pixels, 1.0), noise=level, image="pixels")
+        shots = [replace(settings, seed=seed + i) for i in range(len(images))]
+        return differentiable_losses(self.engine, shots, images, level)
 
     def site(self, name: Site | str) -> Site:
         """Return the site called `name` in its canonical notation; the error for an unknown one shows the nearest."""
