@@ -95,16 +95,21 @@ def test_edits_are_planned_and_optimised_on_prompts_of_their_own_and_replayed(ro
     ]
     assert main([*words(root)[: -len(FLAGS)], *FEW, *flags]) == 0
     results = judged(root)
-    assert [curve.method for curve in results.curves][4:] == ["automatic", "effect-aware", "effect direction"]
-    automatic, aware = results.of("automatic")[0], results.of("effect-aware")[0]
-    assert len(automatic.points) == len(aware.points) == 1 and aware.description == "4 strengths"
+    assert [curve.method for curve in results.curves][4:] == ["automatic", "effect-direction"]
+    automatic, turned = results.of("automatic")[0], results.of("effect-direction")[0]
+    assert len(automatic.points) == len(turned.points) == 1 and turned.description == "4 strengths along 2 directions"
     folder = root / "study" / "steering" / "judged" / "double.1" / "topk-32-k12"
     record = EditRecord.load(folder / "red-automatic.json")
     assert record.shot.prompt == "blue star" and record.edits[0].strength == automatic.points[0].strength
-    assert {edit.operation for edit in EditRecord.load(folder / "red-effect-aware.json").edits} == {"add"}
-    turned = EditRecord.load(folder / "red-effect-direction.json").edits
-    assert {edit.contrast for edit in turned} == {"effect-red-double.1", "effect-red-double.1-text"}
+    edits = EditRecord.load(folder / "red-effect-direction.json").edits
+    assert {edit.operation for edit in edits} == {"add"} and {edit.contrast for edit in edits} == {
+        "effect-red-double.1",
+        "effect-red-double.1-text",
+    }
     assert (root / "study" / "steering" / "contrasts" / "text-red-double.1-text.safetensors").is_file()
+    assert main([*words(root)[: -len(FLAGS)], *FEW, *(flag for flag in flags if flag != "--effect-directions")]) == 0
+    aware = judged(root).of("effect-aware")[0]
+    assert len(aware.points) == 1 and aware.description == "4 strengths"
     for method in ("automatic", "effect-aware", "effect-direction"):
         command = ["steer", str(root / "study"), "--replay", str(folder / f"red-{method}.json")]
         assert main([*command, "--out", str(tmp_path / "out.png")]) == 0

@@ -63,7 +63,9 @@ def unchanged(images: Tensor, level: float) -> Tensor:
 
 
 def test_strengths_become_what_suffices_at_the_site_and_step_that_have_the_effect():
-    optimised = optimise_edits(TASK, edits(), lambda _: UNIT, SETTINGS, run, JUDGE, unchanged, EffectConfig(updates=150, batch=2, rate=0.1))
+    optimised = optimise_edits(
+        TASK, edits(), lambda _: UNIT, SETTINGS, run, JUDGE, unchanged, EffectConfig(updates=150, batch=2, rate=0.1)
+    )
     [edit] = [edit for edit in optimised.edits if abs(edit.strength) > 0.1]
     # The probability 0.9 is reached at 1 + log(9) / 4.
     assert (str(edit.site), edit.steps) == ("double.0", (0, 1)) and edit.strength == pytest.approx(1 + math.log(9) / 4, abs=0.1)
@@ -87,7 +89,9 @@ def test_a_direction_turns_to_what_has_the_effect():
     assert str(site) == "double.0" and float(direction[1].abs()) > 5 * float(direction[0].abs()) and found.shows[-1] > 0.85
     [edit] = [edit for edit in found.edits if abs(edit.strength) > 0.1]
     assert edit.strength * float(direction[1]) == pytest.approx(1 + math.log(9) / 4, abs=0.2)
-    fixed = optimise_edits(TASK, edits()[:1], lambda _: two_wide, SETTINGS, run_along, JUDGE, unchanged, EffectConfig(updates=200, batch=2, rate=0.1))
+    fixed = optimise_edits(
+        TASK, edits()[:1], lambda _: two_wide, SETTINGS, run_along, JUDGE, unchanged, EffectConfig(updates=200, batch=2, rate=0.1)
+    )
     assert not fixed.directions and fixed.shows[-1] < 0.5
 
 
@@ -109,7 +113,9 @@ def test_the_quality_of_images_is_kept_where_it_would_be_lost():
 
 
 def test_steps_that_are_not_edited_keep_no_strength():
-    optimised = optimise_edits(TASK, edits(steps=(1, 2)), lambda _: UNIT, SETTINGS, run, JUDGE, unchanged, EffectConfig(updates=5))
+    optimised = optimise_edits(
+        TASK, edits(steps=(1, 2)), lambda _: UNIT, SETTINGS, run, JUDGE, unchanged, EffectConfig(updates=5)
+    )
     assert all(edit.steps == (1, 2) for edit in optimised.edits)
 
 

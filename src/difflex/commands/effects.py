@@ -50,6 +50,8 @@ class SteerEvalCommand(ConceptsJudge):
     """SITE/LABEL, or the site alone if it has one dictionary."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "shape", "style")
     """Groups of concepts."""
+    concepts_per_group: Annotated[int | None, TRIALS, arg(help_behavior_hint="(default: all)")] = None
+    """Concepts of each group, evenly spread over it."""
     min_ap: Annotated[float, SHARE, arg(metavar="AP")] = 0.8
     """Least average precision of a feature."""
     trials: Annotated[int, TRIALS] = 24
@@ -63,11 +65,11 @@ class SteerEvalCommand(ConceptsJudge):
     edit_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps to edit; END is not included."""
     automatic: FlagCreatePairsOff[bool] = False
-    """Also steer with the features of all sites, with sites, operation, steps and dose chosen on prompts that are not judged."""
+    """Also steer at all sites and in the text, with sites, operation, steps and dose chosen on prompts that are not judged."""
     effect_updates: Annotated[int, WHOLE] = 0
     """Also optimise the strengths of each site and step through the model, in so many updates on prompts that are not judged."""
     effect_directions: FlagCreatePairsOff[bool] = False
-    """With --effect-updates: also optimise the direction at each site, and keep it as a contrast of the study."""
+    """With --effect-updates: optimise the direction at each site as well, and keep it as a contrast of the study."""
     tuning: Annotated[int, TRIALS] = 8
     """Prompts of each concept for all of these."""
 
@@ -76,6 +78,7 @@ class SteerEvalCommand(ConceptsJudge):
 
         config = effects.SteeringConfig(
             groups=self.groups,
+            concepts_per_group=self.concepts_per_group,
             min_ap=self.min_ap,
             trials=self.trials,
             pairs=self.pairs,

@@ -61,21 +61,21 @@ class SteeringPlanner:
             yield "automatic", SteeringMethod.of_edits(plan.name, plan.edits, features, (dose,))
         if config.effect_updates:
             assert self.world.effect_judge is not None
-            effect = EffectConfig(updates=config.effect_updates, batch=min(EFFECT_BATCH, config.tuning))
+            batch, turned = min(EFFECT_BATCH, config.tuning), config.effect_directions
+            effect = EffectConfig(updates=config.effect_updates, batch=batch, directions=turned)
             run, losses = self.model.differentiable, self.model.differentiable_losses
-            optimise = partial(optimise_edits, task, [*image, *text], features, settings, run, self.world.effect_judge(), losses)
-            found = self._dosed(tuning, optimise(effect), features)
-            self._write(target, "effect-aware", found.edits, settings)
-            yield "effect-aware", SteeringMethod.of_edits(f"{len(found.edits)} strengths", found.edits, features, (1.0,))
+            judge, edits = self.world.effect_judge(), [*image, *text]
+            found = optimise_edits(task, edits, features, settings, run, judge, losses, effect)
+            name, description = "effect-aware", f"{len(found.edits)} strengths"
             if config.effect_directions:
-                found = optimise(replace(effect, directions=True))
                 contrasts = self._directions(target, task, found, settings)
                 names, features = {each.site: name for name, each in contrasts.items()}, _known_features(self.editor, contrasts)
                 along = [replace(e, dictionary=None, features=(), contrast=names[e.site], unit="code") for e in found.edits]
-                found = self._dosed(tuning, found._replace(edits=tuple(along)), features)
-                self._write(target, "effect-direction", found.edits, settings)
-                description = f"{len(found.edits)} strengths along {len(names)} directions"
-                yield "effect direction", SteeringMethod.of_edits(description, found.edits, features, (1.0,))
+                found = found._replace(edits=tuple(along))
+                name, description = "effect-direction", f"{description} along {len(names)} directions"
+            found = self._dosed(tuning, found, features)
+            self._write(target, name, found.edits, settings)
+            yield name, SteeringMethod.of_edits(description, found.edits, features, (1.0,))
 
     def _feature_edits(self, target: TargetConcept) -> list[Edit]:
         """Return edits that add the feature of the concept at each site, that of the given dictionary first."""

@@ -21,6 +21,8 @@ class SteeringConfig:
 
     groups: tuple[str, ...] = ("colour", "texture", "background", "shape", "style")
     """Groups of concepts of the drawn world."""
+    concepts_per_group: int | None = None
+    """Concepts of each group of the drawn world, evenly spread; None for all."""
     min_ap: float = 0.8
     """Least average precision of a feature."""
     trials: int = 24
@@ -33,11 +35,11 @@ class SteeringConfig:
     edit_steps: tuple[int, int] | None = None
     """First denoising step to edit and the one after the last; None for all."""
     automatic: bool = False
-    """Also steer with the features of all sites, with sites, operation, steps and dose chosen on prompts of their own."""
+    """Also steer at all sites and in the text, with sites, operation, steps and dose chosen on prompts of their own."""
     effect_updates: int = 0
     """Also optimise the strengths of each site and step through the model, in so many updates; 0 does not."""
     effect_directions: bool = False
-    """With `effect_updates`: also optimise the direction at each site."""
+    """With `effect_updates`: optimise the direction at each site as well."""
     tuning: int = 8
     """Prompts of each concept for all of these; they are never judged."""
 
@@ -47,6 +49,8 @@ class SteeringConfig:
         for group in self.groups:
             if group not in CONCEPTS:
                 raise UnknownName.among("The group", group, CONCEPTS)
+        if self.concepts_per_group is not None and self.concepts_per_group < 1:
+            raise BadInput(f"{self.concepts_per_group} concepts of each group are none. Ask for 1 or more.")
         if self.trials < 1 or self.pairs < 1 or self.tuning < 1 or self.effect_updates < 0 or not self.strengths:
             raise BadInput(
                 f"{self.trials} trials, {self.pairs} pairs, {self.tuning} prompts to tune and {len(self.strengths)} strengths, "
@@ -58,7 +62,7 @@ class SteeringConfig:
 
     def check_images(self, concepts: int) -> None:
         """Refuse to generate too many images for a number of concepts."""
-        optimised = (DOSED + self.effect_updates) * (1 + self.effect_directions) if self.effect_updates else 0
+        optimised = DOSED + self.effect_updates if self.effect_updates else 0
         planned = self.tuning * (PLANNED * self.automatic + optimised)
         check_images(concepts * (self.trials * (2 + 4 * len(self.strengths)) + 2 * self.pairs + planned))
 

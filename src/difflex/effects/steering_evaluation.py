@@ -13,6 +13,7 @@ from PIL import Image
 
 from difflex.effects.concept_specs import DRAWN_WORLD, JudgedWorld
 from difflex.effects.drawn_world import drawn_generator, group_of
+from difflex.effects.finding_rules import concepts_of
 from difflex.effects.inputs import (
     ModelFunctions,
     NeuronBaseline,
@@ -151,12 +152,15 @@ def _target_concepts(study: Study, place: DictionaryRef, config: SteeringConfig,
         raise BadInput(
             f"What the features of {place} detect is unknown: there is no {study.concepts(*place)}. Run difflex concepts."
         )
+    most = config.concepts_per_group
+    spread = {name for group in config.groups for name in concepts_of(group, most)} if most else None
     unnamed = {name for name, spec in specs.items() if spec.feature is None}
     return named + [
         TargetConcept(concept.name, result.best.features[0], result.best.ap.value)
         for result in matches.clearest_level.results
         if (concept := result.concept).name in unnamed
         or (not specs and concept.group in config.groups and group_of(concept.name))
+        if spread is None or concept.name in spread
         if result.best.ap.value >= config.min_ap
     ]
 

@@ -50,8 +50,8 @@ tools can be checked against the truth.
   ({record.adam_rate:g}), level until {recipe[decay_from]:.0%} of the training before guidance, then along a cosine to 2%.
   {record.updates:,} updates of {recipe[batch]} scenes. The weights are a running average ({recipe[averaging][0]} an update).
 - Guidance: {guidance}
-{one_step}- Autoencoder: the encoder is the principal components of {patch} x {patch} patches, in closed form; the decoder was trained
-  on its latents.
+{one_step}- Autoencoder: the encoder is the principal components of {patch} x {patch} patches, in closed form; the decoder was
+  trained on its latents.
 {notes}
 ## Results
 Captions that training never saw, with one image each. An attribute counts only where the caption states it, and it is correct
@@ -68,9 +68,10 @@ drawings. The last column counts unseen combinations of shape, colour and textur
 FOLDED = """of {recipe[guidance]:g}, folded into the weights in {record.guided_updates:,} more updates: targets are moved by
   {share:g} times the change that the caption makes in the velocity of the average weights from before; learning rates from
   {recipe[guided_rate]:.0%} to zero, running average {recipe[averaging][1]}. Generate with `guidance_scale=0`."""
-ONE_STEP = """- One step: in {record.one_step_updates:,} last updates {recipe[one_step_share]:.0%} of a batch were noise alone, and the target was what the average
-  weights from before them draw from the same noise in {recipe[one_step_of]} steps; for the others the velocity of these weights.
-  Learning rates from {recipe[one_step_rate]:.0%} to zero, running average {recipe[averaging][1]}.
+ONE_STEP = """- One step: in {record.one_step_updates:,} last updates {recipe[one_step_share]:.0%} of a batch were noise alone.
+  Their targets were what the average weights from before draw of the same noise in {recipe[one_step_of]} steps, those of the
+  others the velocity of these weights. Learning rates from {recipe[one_step_rate]:.0%} to zero, running average
+  {recipe[averaging][1]}.
 """
 FLUX = """A text-to-image model with the architecture of FLUX.1, small enough to be part of a Python package: a diffusers
 `FluxPipeline` with a `FluxTransformer2DModel` of {config.num_layers} double and {config.num_single_layers} single blocks
