@@ -66,6 +66,7 @@ def _finding(
     name: str, claim: str, condition: str, ruling: Ruling, axes: tuple[str, str], *lines: FindingLine
 ) -> AdditionFinding:
     rule = f"{condition} {CERTAINTY}"
+    ruling = ruling._replace(reason=ruling.reason.replace("concepts", "behaviours"))
     return AdditionFinding(name=name, claim=claim, rule=rule, **ruling._asdict(), x=axes[0], y=axes[1], lines=lines)
 
 

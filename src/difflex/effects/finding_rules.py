@@ -198,9 +198,32 @@ def t_tail(t: float, freedom: int) -> float:
     return max(0.0, 1 - inside)
 
 
+def t_quantile(level: float, freedom: int) -> float:
+    """Return the distance from 0 beyond which Student's t is with the probability `level`."""
+    low, high = 0.0, 1.0
+    while t_tail(high, freedom) > level:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, freedom) > level else (low, middle)
+    return high
+
+
+def interval(condition: RuleCondition, level: float = LEVEL) -> tuple[float, float]:
+    """Return the interval of the mean less its threshold; infinite for fewer than two values."""
+    values, threshold = condition
+    if len(values) < 2:
+        return -math.inf, math.inf
+    middle, half = fmean(values) - threshold, t_quantile(level, len(values) - 1) * standard_error(values)
+    return middle - half, middle + half
+
+
 def rule(conditions: Sequence[RuleCondition], numbers: str) -> Ruling:
-    """Rule by conditions, with `numbers` as the reason."""
+    """Rule by conditions, with `numbers` and the intervals of the means less their thresholds as the reason."""
     answer = evaluate_conditions(conditions)
+    if all(condition.values for condition in conditions):
+        margins = [(fmean(each.values) - each.threshold, *interval(each, LEVEL / len(conditions))) for each in conditions]
+        numbers += "; by condition " + ", ".join(f"{middle:.2f} [{low:.2f}, {high:.2f}]" for middle, low, high in margins)
     if answer is None:
         reason = f"{numbers}: a 95 % interval contains the threshold, or there are fewer than {MIN_CONCEPTS} concepts."
         needed = concepts_needed(conditions)
