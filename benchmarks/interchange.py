@@ -26,6 +26,8 @@ from difflex.records import Site
 SMALL, FULL = (16_384, 1_536), (65_536, 3_072)
 MAX_SECONDS, MAX_MEMORY = 20.0, 1.2
 """Of a full file: the time of an import, and its peak memory over what the process has before, as a share of the file."""
+FIXED = 16 * 2**20
+"""Bytes that an import may take besides, for a file of any size: in the small files of the default they count."""
 CASES = {
     "saelens": "saelens",
     "saelens-rescaled": "saelens",
@@ -169,9 +171,9 @@ def main() -> int:
     cases = [("import", case) for case in arguments.imports] + [("export", case) for case in arguments.exports]
     for verb, case in cases:
         cost, file = measure(verb, case, size, width, arguments.folder)
-        passed = verb == "export" or (cost.seconds < MAX_SECONDS and cost.peak / file <= MAX_MEMORY)
+        passed = verb == "export" or (cost.seconds < MAX_SECONDS and cost.peak - FIXED <= MAX_MEMORY * file)
         missed += not passed
-        bars = f" (bars {MAX_SECONDS:g} s, {MAX_MEMORY:g}): {'passed' if passed else 'MISSED'}" if verb == "import" else ""
+        bars = f" (bars {MAX_SECONDS:g} s, {MAX_MEMORY:g} and 16 MiB): {'passed' if passed else 'MISSED'}" if verb == "import" else ""
         print(
             f"{verb} {case} {size} x {width}, {file / 1e9:.2f} GB: {cost.seconds:.1f} s, {cost.processor_seconds:.1f} s of "
             f"processor, peak memory {cost.peak / file:.2f} of the file{bars}",

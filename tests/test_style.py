@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "difflex"
 DOOR = 10
 """Public names of a package or module that other stations import from; the package `difflex` itself shows more."""
 FILE, MEDIAN, FUNCTION = 400, 150, 60
-FILES, LINES = 309, 59_900
+FILES, LINES = 309, 60_100
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
