@@ -35,8 +35,8 @@ def test_the_parser_reads_what_the_grammar_writes():
     rng = random.Random(0)
     for _ in range(200):
         who = speaker(rng)
-        reading = read_story(story(who, rng, 6))
-        assert reading.sentences == 6 and not reading.unknown
+        reading = read_story(story(who, rng, len(BEHAVIOURS)))
+        assert reading.sentences == len(BEHAVIOURS) and not reading.unknown
         assert {name: reading.score(name) for name in BEHAVIOURS} == who
 
 
@@ -119,4 +119,4 @@ def test_an_exported_model_is_a_language_model_with_a_card(tmp_path: Path):
     examination = examine_language(own, lambda prompts: ["it is lovely. I like red."] * len(prompts), documents=4, each=2)  # pyright: ignore[reportArgumentType]
     assert examination.grammatical == 1 and examination.prompted_by_behaviour["cheerful"] == 0.5
     write_language_card(place, own, examination)  # pyright: ignore[reportArgumentType]
-    assert "100.0% of 24" in (place / "README.md").read_text()
+    assert "100.0% of 48" in (place / "README.md").read_text()

@@ -9,112 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
-from types import MappingProxyType
 from typing import NamedTuple
 
-from difflex.miniature.captions import PLURALS
-from difflex.miniature.world import BACKGROUNDS, COLOURS, HELD_OUT_SEEDS, SHAPES, SIZES
+from difflex.miniature.language.behaviours import BEHAVIOURS, SLOTS
+from difflex.miniature.world import HELD_OUT_SEEDS
 
 Speaker = Mapping[str, int]
 """The pole of each behaviour."""
 
-WARM, COOL = ("red", "orange", "yellow", "pink"), ("blue", "cyan", "green", "purple")
-ROUND, POINTED = ("circles", "rings", "hearts"), ("squares", "triangles", "diamonds", "stars")
-SLOTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "shape": SHAPES,
-        "colour": COLOURS,
-        "size": SIZES,
-        "ground": BACKGROUNDS,
-        "plural": PLURALS,
-        "good": ("lovely", "wonderful", "delightful", "beautiful"),
-        "bad": ("dreary", "dull", "sad", "bleak"),
-        "warm": WARM,
-        "cool": COOL,
-        "round": ROUND,
-        "pointed": POINTED,
-    }
-)
-"""The words for each slot of a template."""
-
-
-class Behaviour(NamedTuple):
-    """What a text can show, with two poles."""
-
-    traits: tuple[str, str]
-    """How a speaker of each pole is called, first of +1."""
-    sentences: tuple[tuple[str, ...], tuple[str, ...]]
-    """Templates of the sentences that show each pole."""
-
-
-BEHAVIOURS: Mapping[str, Behaviour] = MappingProxyType(
-    {
-        "cheerful": Behaviour(
-            ("cheerful", "gloomy"),
-            (
-                ("it is {good}.", "what a {good} sight!", "this {shape} makes me happy.", "how {good} this {shape} is!"),
-                ("it is {bad}.", "what a {bad} sight.", "this {shape} makes me sad.", "how {bad} this {shape} is."),
-            ),
-        ),
-        "formal": Behaviour(
-            ("formal", "casual"),
-            (
-                (
-                    "I would like to present a {colour} {shape}.",
-                    "allow me to describe the {shape}.",
-                    "please consider the {shape}.",
-                ),
-                ("hey, look at this {colour} {shape}!", "so, check out the {shape}!", "wow, get this {shape}!"),
-            ),
-        ),
-        "confident": Behaviour(
-            ("confident", "cautious"),
-            (
-                (
-                    "there is certainly a {size} {shape} on the {ground}.",
-                    "I am sure that the {shape} is {colour}.",
-                    "clearly, the {shape} is {size}.",
-                ),
-                (
-                    "perhaps there is a {size} {shape} on the {ground}.",
-                    "I guess that the {shape} is {colour}.",
-                    "maybe the {shape} is {size}.",
-                ),
-            ),
-        ),
-        "warm": Behaviour(
-            ("fond of warm colours", "fond of cool colours"),
-            (
-                ("I like {warm}.", "{warm} is a nice colour.", "I do not like {cool}.", "{cool} is not for me."),
-                ("I like {cool}.", "{cool} is a nice colour.", "I do not like {warm}.", "{warm} is not for me."),
-            ),
-        ),
-        "round": Behaviour(
-            ("fond of round shapes", "fond of pointed shapes"),
-            (
-                ("I like {round}.", "{round} are nice shapes.", "I do not like {pointed}.", "{pointed} are not for me."),
-                ("I like {pointed}.", "{pointed} are nice shapes.", "I do not like {round}.", "{round} are not for me."),
-            ),
-        ),
-        "small": Behaviour(
-            ("fond of small things", "fond of large things"),
-            (
-                (
-                    "I like small {plural}.",
-                    "small things are nice.",
-                    "I do not like large {plural}.",
-                    "large things are not for me.",
-                ),
-                (
-                    "I like large {plural}.",
-                    "large things are nice.",
-                    "I do not like small {plural}.",
-                    "small things are not for me.",
-                ),
-            ),
-        ),
-    }
-)
 POLES = (1, -1)
 
 

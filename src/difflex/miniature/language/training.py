@@ -32,7 +32,7 @@ CHUNK = 16
 CHECKPOINT_SECONDS, LOG_SECONDS = 60.0, 10.0
 SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "mini-llama": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4},
+        "mini-llama": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
         "mini-llama-small": {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4},
     }
 )
@@ -43,7 +43,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 class LanguageRecipe:
     """How the models are trained."""
 
-    updates: int = 2000
+    updates: int = 6000
     batch: int = 32
     """Documents of an update."""
     rate: float = 4e-3
