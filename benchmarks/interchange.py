@@ -173,10 +173,10 @@ def main() -> int:
         cost, file = measure(verb, case, size, width, arguments.folder)
         passed = verb == "export" or (cost.seconds < MAX_SECONDS and cost.peak - FIXED <= MAX_MEMORY * file)
         missed += not passed
-        bars = f" (bars {MAX_SECONDS:g} s, {MAX_MEMORY:g} and 16 MiB): {'passed' if passed else 'MISSED'}" if verb == "import" else ""
+        result = f" (bars {MAX_SECONDS:g} s, {MAX_MEMORY:g} and 16 MiB): {'passed' if passed else 'MISSED'}"
         print(
             f"{verb} {case} {size} x {width}, {file / 1e9:.2f} GB: {cost.seconds:.1f} s, {cost.processor_seconds:.1f} s of "
-            f"processor, peak memory {cost.peak / file:.2f} of the file{bars}",
+            f"processor, peak memory {cost.peak / file:.2f} of the file{result if verb == 'import' else ''}",
             flush=True,
         )
     print(f"{len(arguments.imports) - missed} of {len(arguments.imports)} bars met")
