@@ -15,12 +15,11 @@ from difflex.effects.inputs import concept_matches
 from difflex.effects.judging import JudgedTask, SteeringMethod, StrengthPoint
 from difflex.records import Edit
 from difflex.steering import EditFeatures, StudyEditor
-from difflex.steering.strengths import BROKEN
 from difflex.study import DictionaryRef
 
-TARGET, KEPT = 0.95, 0.93
-"""The success at which a dose is enough, and the share of all else that it must keep: more than is asked of the judged images, as
-what is just enough for a few images may be too little for others."""
+TARGET, KEPT, WHOLE = 0.95, 0.95, 1.35
+"""The success at which a dose is enough, the share of all else that it must keep, and the loss over that of unedited images below
+which it must stay: more than is asked of the judged images, as what is just enough for a few may be too little for others."""
 MOST, HALVINGS = 3.0, 5
 """The largest dose, in peaks, and how often the range of doses is halved."""
 COSINE = 0.3
@@ -141,4 +140,4 @@ def find_dose(point: Callable[[float], StrengthPoint], most: float = MOST) -> St
 
 
 def _is_intact(point: StrengthPoint) -> bool:
-    return point.specificity >= KEPT and point.quality < BROKEN
+    return point.specificity >= KEPT and point.quality < WHOLE

@@ -223,7 +223,7 @@ def rule(conditions: Sequence[RuleCondition], numbers: str) -> Ruling:
     answer = evaluate_conditions(conditions)
     if all(condition.values for condition in conditions):
         margins = [(fmean(each.values) - each.threshold, *interval(each, LEVEL / len(conditions))) for each in conditions]
-        numbers += "; by condition " + ", ".join(f"{middle:.2f} [{low:.2f}, {high:.2f}]" for middle, low, high in margins)
+        numbers += "; by condition " + ", ".join(f"{middle:.2g} [{low:.2g}, {high:.2g}]" for middle, low, high in margins)
     if answer is None:
         reason = f"{numbers}: a 95 % interval contains the threshold, or there are fewer than {MIN_CONCEPTS} concepts."
         needed = concepts_needed(conditions)
