@@ -17,7 +17,7 @@ from difflex.records import Edit
 from difflex.steering import EditFeatures, StudyEditor
 from difflex.study import DictionaryRef
 
-TARGET, KEPT, WHOLE = 0.95, 0.95, 1.35
+TARGET, KEPT, WHOLE = 0.95, 0.93, 1.4
 """The success at which a dose is enough, the share of all else that it must keep, and the loss over that of unedited images below
 which it must stay: more than is asked of the judged images, as what is just enough for a few may be too little for others."""
 MOST, HALVINGS = 3.0, 5
