@@ -70,7 +70,7 @@ class SteerEvalCommand(ConceptsJudge):
     """Also optimise the strengths of each site and step through the model, in so many updates on prompts that are not judged."""
     effect_directions: FlagCreatePairsOff[bool] = False
     """With --effect-updates: optimise the direction at each site as well, and keep it as a contrast of the study."""
-    tuning: Annotated[int, TRIALS] = 8
+    tuning: Annotated[int | None, TRIALS, arg(help_behavior_hint="(default: 16, with --effect-directions 64)")] = None
     """Prompts of each concept for all of these."""
 
     def __call__(self) -> list[Path]:
@@ -88,7 +88,7 @@ class SteerEvalCommand(ConceptsJudge):
             automatic=self.automatic,
             effect_updates=self.effect_updates,
             effect_directions=self.effect_directions,
-            tuning=self.tuning,
+            tuning=self.tuning or (64 if self.effect_directions else 16),
         )
         study, paths = open_study(self.study, self), []
         if not study.dictionaries():

@@ -40,7 +40,7 @@ class SteeringConfig:
     """Also optimise the strengths of each site and step through the model, in so many updates; 0 does not."""
     effect_directions: bool = False
     """With `effect_updates`: optimise the direction at each site as well."""
-    tuning: int = 8
+    tuning: int = 16
     """Prompts of each concept for all of these; they are never judged."""
 
     def __post_init__(self) -> None:
