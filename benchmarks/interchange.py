@@ -27,7 +27,7 @@ SMALL, FULL = (16_384, 1_536), (65_536, 3_072)
 MAX_SECONDS, MAX_MEMORY = 20.0, 1.2
 """Of a full file: the time of an import, and its peak memory over what the process has before, as a share of the file."""
 FIXED = 16 * 2**20
-"""Bytes that an import may take besides, for a file of any size: in the small files of the default they count."""
+"""Bytes that an import of the small files of the default may take besides: it takes them for a file of any size."""
 CASES = {
     "saelens": "saelens",
     "saelens-rescaled": "saelens",
@@ -167,13 +167,13 @@ def main() -> int:
         verb, case, source, out = arguments.measure
         in_process(verb, case, Path(source), Path(out))
         return 0
-    (size, width), missed = FULL if arguments.full else SMALL, 0
+    (size, width), fixed, missed = FULL if arguments.full else SMALL, 0 if arguments.full else FIXED, 0
     cases = [("import", case) for case in arguments.imports] + [("export", case) for case in arguments.exports]
     for verb, case in cases:
         cost, file = measure(verb, case, size, width, arguments.folder)
-        passed = verb == "export" or (cost.seconds < MAX_SECONDS and cost.peak - FIXED <= MAX_MEMORY * file)
+        passed = verb == "export" or (cost.seconds < MAX_SECONDS and cost.peak - fixed <= MAX_MEMORY * file)
         missed += not passed
-        result = f" (bars {MAX_SECONDS:g} s, {MAX_MEMORY:g} and 16 MiB): {'passed' if passed else 'MISSED'}"
+        result = f" (bars {MAX_SECONDS:g} s, {MAX_MEMORY:g} and {fixed >> 20} MiB): {'passed' if passed else 'MISSED'}"
         print(
             f"{verb} {case} {size} x {width}, {file / 1e9:.2f} GB: {cost.seconds:.1f} s, {cost.processor_seconds:.1f} s of "
             f"processor, peak memory {cost.peak / file:.2f} of the file{result if verb == 'import' else ''}",
