@@ -194,6 +194,12 @@ def test_the_learning_rate_begins_anew_when_one_step_is_learned():
     assert factors[7500] == 0.12 and factors[8999] < 1e-4 and factors[9000] == 0.25 and factors[-1] < 1e-4
 
 
+def test_a_training_that_runs_over_its_minutes_does_not_begin_a_part_that_it_does_not_have():
+    recipe = FlowRecipe(length=7, unit="minutes")
+    progress = recipe.progress(10, 60 * 7.01)
+    assert progress > 1 and not recipe.is_one_step(progress) and recipe.rate_factor(progress, 10) == 0
+
+
 def test_the_last_part_of_the_training_has_more_pairs_and_noise():
     recipe = FlowRecipe(batch=512, mixes=((1, 0, 0), (0, 1, 0)), levels=((0, 0.1), (5, 0.1)), drop_caption=0.0)
     assert [recipe.trains_layout(x) for x in (0.62, 0.64)] == [False, True]

@@ -91,7 +91,7 @@ class FlowRecipe:
 
     def is_one_step(self, progress: float) -> bool:
         """Return whether the model learns to draw in one step by now."""
-        return progress >= self.one_step_from
+        return self.one_step_from < 1 and progress >= self.one_step_from
 
     def rate_factor(self, progress: float, updates: int) -> float:
         """Return the factor of the learning rates."""
