@@ -118,13 +118,21 @@ def test_every_matrix_of_the_blocks_and_every_kernel_is_trained_by_muon_and_all_
     assert [name for name, x in model.named_parameters() if (x.grad is None) == x.requires_grad] == []
 
 
+def test_a_model_in_training_starts_from_the_same_weights_whatever_was_drawn_before():
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(TINY.model(TINY.pipeline(0)))
+    assert all(torch.equal(x, y) for x, y in zip(*(model.parameters() for model in models), strict=True))
+
+
 def test_the_heads_learn_places_and_objects_within_a_few_updates():
     pipeline = TINY.pipeline(0)
     model, ids = TINY.model(pipeline), CaptionTokens(pipeline)(["a red star"] * 4)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimiser, generator = torch.optim.Adam(model.parameters(), lr=1e-2), torch.Generator().manual_seed(0)
 
     def loss() -> float:
-        model.velocity(torch.randn(4, 1024, 8), torch.full((4,), 999), *ids)
+        model.velocity(torch.randn(4, 1024, 8, generator=generator), torch.full((4,), 999), *ids)
         extra = torch.as_tensor(model.extra_loss(torch.zeros(4, 1024)))
         optimiser.zero_grad()
         extra.backward()

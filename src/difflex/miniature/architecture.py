@@ -2,6 +2,7 @@
 
 import string
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -54,8 +55,8 @@ class FlowModel(nn.Module, ABC):
         """Add noise of levels in [0, 1], 0 for none and 1 for noise alone, as the model's scheduler does."""
 
     @abstractmethod
-    def schedule(self, steps: int) -> list[float]:
-        """Return the noise levels at which the pipeline calls the denoiser in so many steps."""
+    def schedule(self, steps: int) -> Sequence[Tensor | float]:
+        """Return the noise levels at which the pipeline calls the denoiser in so many steps; no GPU is waited for."""
 
     @abstractmethod
     def parts(self, noisy: Tensor, velocity: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ class FlowModel(nn.Module, ABC):
         """Return the latents that the pipeline would make of this noise."""
         latents = torch.zeros_like(noise)
         for level in self.schedule(steps):
-            noisy, _, time = self.problem(latents, noise, torch.full_like(noise[:, 0, 0], level))
+            noisy, _, time = self.problem(latents, noise, torch.zeros_like(noise[:, 0, 0]) + level)
             latents, noise = self.parts(noisy, self.velocity(noisy, time, text, text_2).float(), time)
         return latents
 

@@ -110,7 +110,9 @@ class SdxlFlow(FlowModel):
         super().__init__()
         self.unet, self.clip, self.clip_2 = pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2
         self._grid, last = grid, self.unet.down_blocks[-1].resnets[-1]
-        self.places, self.objects = nn.Linear(last.out_channels, 2 * (grid // 4)), nn.Linear(last.out_channels, 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # as the pipeline: a training depends on its settings alone
+            self.places, self.objects = nn.Linear(last.out_channels, 2 * (grid // 4)), nn.Linear(last.out_channels, 1)
         self._read: dict[str, Tensor] = {}
         last.register_forward_hook(partial(self._keep, "places"))
         self.unet.mid_block.register_forward_hook(partial(self._keep, "objects"))
@@ -140,9 +142,9 @@ class SdxlFlow(FlowModel):
         rest = (1 - signal**2).sqrt()
         return DenoisingProblem(signal * latents + rest * noise, signal * noise - rest * latents, time)
 
-    def schedule(self, steps: int) -> list[float]:
+    def schedule(self, steps: int) -> list[Tensor]:
         last = len(self.levels)
-        return [self.levels[round(last - i * last / steps) - 1].item() for i in range(steps)]
+        return [self.levels[round(last - i * last / steps) - 1] for i in range(steps)]
 
     def parts(self, noisy: Tensor, velocity: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         signal = self.signal[time, None, None]
